@@ -1,0 +1,105 @@
+"""What a kernel declares, what it is asked for, and what the dispatcher answers.
+
+A kernel is a way to compute y = x @ W.T for one number format: how it stores the weight (`pack`) and how it multiplies (`apply`). It says
+itself what it can do; one function (`dispatch.select`) chooses, and answers with the reason for each kernel it passed over.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fewbit.formats.spec import QuantSpec
+from fewbit.formats.tensor import QuantizedTensor
+
+__all__ = ["Kernel", "KernelRequest", "PassedOver", "Selection"]
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """What a linear needs.
+
+    Attributes:
+        weights: format of the weight; None for a weight in high precision.
+        input_activations: format its inputs are quantized to at run time; None for high precision.
+        out_features, in_features: the weight's shape is [out_features, in_features].
+        device: `cpu`, `cuda`, `mps`.
+        dtype: dtype of the inputs and outputs, for example torch.bfloat16.
+        has_g_idx: the columns are in a permuted group order.
+    """
+
+    weights: QuantSpec | None
+    input_activations: QuantSpec | None
+    out_features: int
+    in_features: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
+    has_g_idx: bool = False
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A faster kernel that was not taken, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The dispatcher's answer: the kernel that will run, and each faster one with the reason why it will not."""
+
+    kernel: Kernel
+    passed_over: tuple[PassedOver, ...] = field(default=())
+
+
+class Kernel(ABC):
+    """One way to run a linear layer.
+
+    Class attributes:
+        name: unique, shown in every report, for example `torch-int4pack`.
+        description: one line for a person.
+        fused: True when no dequantized copy of the weight is materialized.
+        priority: higher is preferred; the reference kernel has 0.
+    """
+
+    name: str
+    description: str
+    fused: bool
+    priority: int
+
+    @abstractmethod
+    def refuse(self, request: KernelRequest) -> str | None:
+        """None when the kernel can run the request here and now, else the reason in words a user understands."""
+
+    @abstractmethod
+    def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
+        """The tensors that stay resident, by name; called once at load. Must not keep `weight` alive.
+
+        Args:
+            weight: [out, in]; a plain tensor when `request.weights` is None.
+        """
+
+    @abstractmethod
+    def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
+        """x @ W.T + bias.
+
+        Args:
+            x: [..., in], `request.dtype`; any strides.
+            packed: what `pack` returned.
+            bias: [out] or None.
+
+        Returns:
+            [..., out], `request.dtype`.
+        """
+
+    def weight_traffic_bytes(self, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> int:
+        """Bytes of memory traffic that the weight causes in one `apply` at M = 1: the packed bytes when fused, plus what is written and read
+        again when the kernel materializes a dequantized copy."""
+        resident = sum(t.numel() * t.element_size() for t in packed.values())
+        if self.fused:
+            return resident
+        return resident + 2 * request.out_features * request.in_features * torch.empty(0, dtype=request.dtype).element_size()

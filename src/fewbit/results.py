@@ -1,0 +1,328 @@
+"""The result types that cross layers and go to JSON.
+
+Every type is a frozen pydantic dataclass: it validates when it is read back, and its JSON Schema is generated from the very fields
+(`src/fewbit/report/results.schema.json` is that schema, kept in the repository and compared in the tests). Units stand in the field names. Fields
+are only ever added, with a default, so that older files stay readable. None means "not measured", never zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Bound",
+    "CompareResults",
+    "Counters",
+    "Environment",
+    "Interval",
+    "KernelUse",
+    "LatencyResult",
+    "MachineResult",
+    "MemoryResult",
+    "ModelInfo",
+    "NoiseFloor",
+    "OperatorTimes",
+    "PassedOverKernel",
+    "ProtocolInfo",
+    "QualityResult",
+    "ShapesResult",
+    "VariantInfo",
+    "VariantResult",
+]
+
+SCHEMA_VERSION = 1
+Bound = Literal["bandwidth", "compute", "overhead"]
+_FROZEN = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class Interval:
+    """An estimate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class Environment:
+    """What a bug report and a reproduction need."""
+
+    fewbit: str
+    python: str
+    platform: str
+    cpu: str
+    cpu_flags: list[str]
+    cpu_cores: int
+    memory_bytes: int
+    device: str
+    threads: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class MachineResult:
+    """What this machine can do, measured in the same run.
+
+    Attributes:
+        read_bandwidth_gb_s: DRAM reads, 1e9 bytes per second, best of the passes.
+        bandwidth_method: how it was measured.
+        gemm_gflop_s: dense matrix product in `gemm_dtype`, 1e9 operations per second.
+        time_per_null_op_us: time of one smallest tensor operation, the framework's overhead per operator.
+    """
+
+    read_bandwidth_gb_s: float
+    bandwidth_method: str
+    gemm_gflop_s: float
+    gemm_dtype: str
+    time_per_null_op_us: float
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class ModelInfo:
+    """Which model was measured.
+
+    Attributes:
+        source: the directory, the hub id, or `shapes:NAME`.
+        weights_sha256: hash over the weight files; None for random weights.
+        parameters: all parameters, tied ones counted once.
+        quantizable_parameters: those in the linears that a weight scheme quantizes.
+        layers_measured, layers_total: differ when only a slice of the stack was run and scaled.
+    """
+
+    source: str
+    architecture: str
+    parameters: int
+    quantizable_parameters: int
+    layers_measured: int
+    layers_total: int
+    weights_sha256: str | None = None
+    random_weights: bool = False
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class PassedOverKernel:
+    """A faster kernel that did not run, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class KernelUse:
+    """The kernel that ran, on how many linears, and why no faster one did."""
+
+    kernel: str
+    description: str
+    fused: bool
+    linears: int
+    passed_over: list[PassedOverKernel]
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class MemoryResult:
+    """Memory of one variant.
+
+    Attributes:
+        resident_weight_bytes: all parameters and packed weights that stay resident.
+        quantized_linear_bytes: of those, the quantized linears' packed weights with scales and zero points.
+        quantized_linear_bf16_bytes: what the same linears take in BF16.
+        disk_bytes: the checkpoint's weight files; None when no layout can hold the variant (`disk_note` says why).
+        effective_bits_per_weight: over the quantized linears, scales and zero points counted.
+        effective_bits_per_parameter: over the whole model, what stays in high precision counted.
+        peak_rss_bytes: VmHWM of a fresh process that loads the variant and runs a prefill and a few decode steps (device: peak allocated).
+        baseline_rss_bytes: of that process before the model is loaded.
+        kv_bytes_per_token: marginal bytes per cached token and sequence, measured on the cache, scales and zero points included.
+        kv_constant_bytes: bytes per sequence that do not grow (the residual window in high precision).
+        kv_sequences_that_fit: sequences of `kv_context_tokens` in `memory_budget_bytes` beside the weights.
+    """
+
+    resident_weight_bytes: int
+    quantized_linear_bytes: int
+    quantized_linear_bf16_bytes: int
+    effective_bits_per_weight: float | None
+    effective_bits_per_parameter: float
+    kv_bytes_per_token: float
+    kv_constant_bytes: int
+    kv_sequences_that_fit: int
+    kv_context_tokens: int
+    memory_budget_bytes: int
+    disk_bytes: int | None = None
+    disk_note: str = ""
+    peak_rss_bytes: int | None = None
+    baseline_rss_bytes: int | None = None
+    peak_note: str = ""
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class OperatorTimes:
+    """Mean decode time of one step by operator class, in milliseconds; measured in a pass of its own with timing hooks."""
+
+    ffn_projections_ms: float
+    attention_projections_ms: float
+    attention_ms: float
+    lm_head_ms: float
+    rest_ms: float
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class Counters:
+    """Hardware counters over the decode steps; `note` says why there are none."""
+
+    tool: str
+    values: dict[str, float]
+    note: str = ""
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class LatencyResult:
+    """Latency of one variant, measured in turns with BF16 in the same process.
+
+    Attributes:
+        scaled: True when a slice of the layers was measured and the figures were scaled to the whole stack.
+        decode_ms_p99: only from 100 steps on, else None.
+        generate_32_ms: prefill of `generate_prompt_tokens` and 32 decoded tokens.
+        speedup_over_bf16: median of the paired ratios BF16 / variant of decode time, with its interval.
+        achieved_weight_gb_s: resident weight bytes read per step over the median step, 1e9 bytes per second.
+        traffic_gb_s: the same with the copies that an unfused kernel writes and reads.
+        bandwidth_share: traffic_gb_s over the machine's measured bandwidth.
+        compute_share: operations of the step over the machine's measured GEMM rate.
+        overhead_share: time of the same step with all linears emptied, over the median step.
+        bound, prefill_bound: named from these shares.
+    """
+
+    prefill_tokens: int
+    prefill_ms: float
+    prefill_n: int
+    decode_n: int
+    decode_context_tokens: int
+    decode_ms_p50: float
+    decode_ms_p95: float
+    decode_ms_p99: float | None
+    generate_32_ms: float
+    generate_prompt_tokens: int
+    speedup_over_bf16: Interval
+    prefill_speedup_over_bf16: float
+    weight_bytes_per_step: int
+    traffic_bytes_per_step: int
+    achieved_weight_gb_s: float
+    traffic_gb_s: float
+    bandwidth_share: float
+    compute_share: float
+    overhead_share: float
+    bound: Bound
+    prefill_compute_share: float
+    prefill_overhead_share: float
+    prefill_bound: Bound
+    operators: OperatorTimes
+    scaled: bool = False
+    counters: Counters | None = None
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class ProtocolInfo:
+    """How quality was measured; results with different hashes are never compared."""
+
+    name: str
+    corpus: str
+    context_length: int
+    stride: int
+    windows: int
+    scored_tokens: int
+    text_sha256: str
+    python: str
+    seed: int
+    note: str = ""
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class NoiseFloor:
+    """BF16 against itself, evaluated in another batch shape: what differs without any quantization."""
+
+    perplexity_delta_percent: float
+    kl_divergence_nats: float
+    flip_share: float
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class QualityResult:
+    """Quality of one variant against BF16 on the same tokens.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per token; interval over windows.
+        perplexity_delta_percent: against BF16, from paired per-token differences.
+        kl_divergence_nats: mean KL(BF16 || variant) per token.
+        flip_share: share of positions whose most likely token differs from BF16's.
+        passed: perplexity_delta_percent.value within `threshold_percent`.
+    """
+
+    perplexity: Interval
+    perplexity_delta_percent: Interval
+    kl_divergence_nats: Interval
+    flip_share: Interval
+    threshold_percent: float
+    passed: bool
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class VariantInfo:
+    """Which quantization; `name` is unique in a results file."""
+
+    name: str
+    label: str
+    scheme: str
+    weights: str
+    input_activations: str
+    kv_cache: str
+    method: str
+    bits_nominal: float
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class VariantResult:
+    """One row: memory, latency and quality of the same weights in the same run. None: not measured in this run."""
+
+    variant: VariantInfo
+    kernels: list[KernelUse]
+    memory: MemoryResult
+    latency: LatencyResult | None = None
+    quality: QualityResult | None = None
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class ShapesResult:
+    """Latency and memory on a stack of layers with random weights in real shapes, scaled to the whole model."""
+
+    model: ModelInfo
+    variants: list[VariantResult]
+    note: str = ""
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class CompareResults:
+    """The results file of `fewbit compare`.
+
+    Attributes:
+        run_id: random; the same for everything measured in this process run.
+        conclusions: what the measurements support, in words, most important first.
+        warnings: what makes a figure less trustworthy (a busy machine, skipped rows).
+    """
+
+    command: str
+    run_id: str
+    started_at: str
+    duration_s: float
+    environment: Environment
+    machine: MachineResult
+    model: ModelInfo
+    variants: list[VariantResult]
+    protocol: ProtocolInfo | None = None
+    noise_floor: NoiseFloor | None = None
+    shapes: ShapesResult | None = None
+    conclusions: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
