@@ -1,0 +1,93 @@
+"""Which values share a scale: one view for every granularity.
+
+    strategy      scale shape                     values of one scale
+    tensor        [1, 1]                          all
+    channel       [out, 1]                        one row
+    token         [out, 1]                        one row (of activations: one token)
+    group         [out, in / group_size]          group_size neighbours in a row
+    block         [ceil(out/r), ceil(in/c)]       an r x c rectangle; ragged edges are padded with zeros, which no scale notices
+
+`to_groups` turns a [out, in] tensor into [*scale shape, values per scale], so that everything else is a reduction over the last dimension
+or a product with `scale[..., None]`, and no other code knows about strategies. Only `block` copies; the others are views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fewbit.errors import FormatError
+from fewbit.formats.spec import QuantSpec
+
+__all__ = ["check_matrix", "from_groups", "row_chunks", "scale_shape", "to_groups"]
+
+_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: temporaries stay this small whatever the size of the weight
+
+
+def scale_shape(spec: QuantSpec, rows: int, columns: int) -> tuple[int, int]:
+    """Shape of the scales of a [rows, columns] tensor.
+
+    Raises:
+        FormatError: `group_size` does not divide the columns.
+    """
+    if spec.strategy == "tensor":
+        return (1, 1)
+    if spec.strategy == "group":
+        size = spec.group_size or columns
+        if columns % size:
+            divisors = [g for g in (256, 128, 64, 32, 16, 8) if columns % g == 0]
+            remedy = f"use a group size that does: {', '.join(map(str, divisors))}" if divisors else "quantize per channel"
+            raise FormatError(f"group size {size} does not divide the {columns} input columns of the weight", remedy)
+        return (rows, columns // size)
+    if spec.block_shape is not None:
+        return (-(-rows // spec.block_shape[0]), -(-columns // spec.block_shape[1]))
+    return (rows, 1)
+
+
+def to_groups(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """[out, in] -> [*scale shape, values per scale]; a view, except for `block`."""
+    rows, columns = x.shape
+    shape = scale_shape(spec, rows, columns)
+    if spec.block_shape is None:
+        return x.reshape(*shape, -1)
+    height, width = spec.block_shape
+    padded = torch.nn.functional.pad(x, (0, shape[1] * width - columns, 0, shape[0] * height - rows))
+    return padded.view(shape[0], height, shape[1], width).transpose(1, 2).reshape(*shape, height * width)
+
+
+def from_groups(groups: torch.Tensor, spec: QuantSpec, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of `to_groups`: [*scale shape, values per scale] -> [rows, columns]."""
+    if spec.block_shape is None:
+        return groups.reshape(rows, columns)
+    height, width = spec.block_shape
+    tall, wide = groups.shape[0], groups.shape[1]
+    return groups.view(tall, wide, height, width).transpose(1, 2).reshape(tall * height, wide * width)[:rows, :columns]
+
+
+def row_chunks(spec: QuantSpec, rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows that can be processed one after the other; one slice when rows share scales (tensor, block)."""
+    step = rows if spec.strategy in ("tensor", "block") else max(1, _CHUNK_ELEMENTS // max(columns, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1)))
+
+
+def check_matrix(weight: torch.Tensor, spec: QuantSpec) -> None:
+    """Refuse what no format can hold.
+
+    Raises:
+        FormatError: not a 2-D floating-point tensor, empty, NaN or infinite entries, or a group size that does not divide.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
+        raise FormatError(
+            f"cannot quantize a {weight.dtype} tensor of shape {list(weight.shape)}", "give a non-empty 2-D floating-point tensor [out, in]"
+        )
+    scale_shape(spec, weight.shape[0], weight.shape[1])
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()
+        row, column = (int(i) for i in bad[0])
+        found = float(weight[row, column])
+        raise FormatError(
+            f"the weight has {len(bad)} NaN or infinite entries of {weight.numel()}, the first at [{row}, {column}] ({found})",
+            "repair or re-download the checkpoint",
+        )
