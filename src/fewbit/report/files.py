@@ -1,0 +1,45 @@
+"""Writing a report's files so that a reader never sees half of one: a temporary name in the same directory, then a rename."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from fewbit.errors import OutputError
+
+__all__ = ["write_text"]
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write UTF-8 `text` to `path`, creating its directory; an older file is replaced in one step.
+
+    Raises:
+        OutputError: the directory or the file cannot be written; no temporary file is left behind.
+    """
+    remedy = "choose a directory that you can write to with --out"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", remedy) from error
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", remedy) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _umask() -> int:
+    """The process's umask; mkstemp makes files that only their owner reads, a report is to be shared."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
