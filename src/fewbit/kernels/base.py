@@ -72,8 +72,18 @@ class Kernel(ABC):
     priority: int
 
     @abstractmethod
+    def refuse_format(self, request: KernelRequest) -> str | None:
+        """None when the kernel is made for the request's number formats, wherever it runs; else the reason. Reads only `request.weights`,
+        `request.input_activations` and `request.has_g_idx`: `select(strict=True)` asks it whether a fused kernel exists for a format."""
+
+    @abstractmethod
+    def refuse_here(self, request: KernelRequest) -> str | None:
+        """None when this machine, this torch and the request's shape, device and dtype suit the kernel; else the reason, with the numbers.
+        Asked only when `refuse_format` has no objection."""
+
     def refuse(self, request: KernelRequest) -> str | None:
         """None when the kernel can run the request here and now, else the reason in words a user understands."""
+        return self.refuse_format(request) or self.refuse_here(request)
 
     @abstractmethod
     def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
@@ -97,8 +107,8 @@ class Kernel(ABC):
         """
 
     def weight_traffic_bytes(self, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> int:
-        """Bytes of memory traffic that the weight causes in one `apply` at M = 1: the packed bytes when fused, plus what is written and read
-        again when the kernel materializes a dequantized copy."""
+        """Bytes of memory traffic that the weight causes in one `apply` at M = 1: the packed bytes when fused, plus what is written and
+        read again when the kernel materializes a dequantized copy."""
         resident = sum(t.numel() * t.element_size() for t in packed.values())
         if self.fused:
             return resident

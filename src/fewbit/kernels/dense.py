@@ -1,0 +1,45 @@
+"""The matmul of an unquantized weight: torch's own F.linear.
+
+It is the baseline that every quantized kernel is compared with, so it runs what a model would run without fewbit. Resident: the weight
+itself, [out, in], 2 bytes each in BF16. At M = 1 it reads all of them once and does two operations per weight: bandwidth-bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fewbit.errors import FormatError
+from fewbit.formats.tensor import QuantizedTensor
+from fewbit.kernels.base import Kernel, KernelRequest
+
+__all__ = ["DenseKernel"]
+
+
+class DenseKernel(Kernel):
+    """F.linear over the weight in high precision."""
+
+    name = "dense"
+    description = "high-precision weight, torch F.linear"
+    fused = True
+    priority = 0  # what an unquantized weight gets when nothing better is there
+
+    def refuse_format(self, request: KernelRequest) -> str | None:
+        if request.weights is not None:
+            return f"holds unquantized weights; this one is {request.weights}"
+        if request.input_activations is not None:
+            return f"takes inputs in high precision; these are {request.input_activations}"
+        return None
+
+    def refuse_here(self, request: KernelRequest) -> str | None:
+        return None if request.dtype.is_floating_point else f"needs a floating-point dtype, not {request.dtype}"
+
+    def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
+        """{"weight": [out, in], request.dtype}: the tensor that came in when it has that dtype already, so that tied weights stay tied."""
+        if isinstance(weight, QuantizedTensor):
+            raise FormatError(f"the dense kernel was given a weight in {weight.spec}", "dequantize it first")
+        return {"weight": weight.detach().to(device=request.device, dtype=request.dtype)}
+
+    def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
+        return torch.nn.functional.linear(x, packed["weight"], bias)

@@ -1,0 +1,82 @@
+"""One function selects the kernel, and says why each better one was not taken.
+
+To add a kernel: write its file, add one line to `KERNELS`. Nothing else in fewbit names kernels.
+"""
+
+from __future__ import annotations
+
+from fewbit.errors import KernelError, UsageError
+from fewbit.kernels.base import Kernel, KernelRequest, PassedOver, Selection
+from fewbit.kernels.dense import DenseKernel
+from fewbit.kernels.onednn_w8a8 import OneDnnW8A8
+from fewbit.kernels.reference import ReferenceKernel
+from fewbit.kernels.torch_int4pack import TorchInt4Pack
+from fewbit.kernels.torch_int8pack import TorchInt8Pack
+
+__all__ = ["KERNELS", "UNFUSED", "select"]
+
+KERNELS: tuple[Kernel, ...] = (
+    DenseKernel(),
+    TorchInt4Pack(),
+    TorchInt8Pack(),
+    OneDnnW8A8(),
+    ReferenceKernel(),
+)
+UNFUSED = "unfused"
+
+
+def select(request: KernelRequest, *, prefer: str | None = None, strict: bool = False) -> Selection:
+    """The kernel that will run `request`, and each of higher priority with the reason why it will not.
+
+    Args:
+        request: format, shape, device and dtype of the linear.
+        prefer: a kernel's name; or `unfused`, the best kernel that materializes the dequantized weight; None for the best of all.
+        strict: an unfused kernel is an error when fewbit has a fused one for the format. A kernel that `prefer` asks for is no fallback.
+
+    Raises:
+        UsageError: `prefer` names no kernel.
+        KernelError: no kernel can run the request; the preferred one cannot; or strict forbids what would run.
+    """
+    ranked = sorted(KERNELS, key=lambda kernel: -kernel.priority)
+    _check_preference(prefer, ranked)
+    passed_over: list[PassedOver] = []
+    for kernel in ranked:
+        wanted = prefer is None or kernel.name == prefer or (prefer == UNFUSED and not kernel.fused)
+        reason = kernel.refuse(request) if wanted else f"not asked for: the variant pins {prefer}"
+        if reason is None:
+            faster = tuple(_above(kernel, passed_over, ranked))
+            if strict and prefer is None and not kernel.fused:
+                _refuse_fallback(kernel, request, faster, ranked)
+            return Selection(kernel, faster)
+        passed_over.append(PassedOver(kernel.name, reason))
+    reasons = "; ".join(f"{p.kernel}: {p.reason}" for p in passed_over if not p.reason.startswith("not asked for"))
+    raise KernelError(f"no kernel runs {_describe(request)} ({reasons})", "choose another scheme or kernel; `fewbit kernels` lists them")
+
+
+def _check_preference(prefer: str | None, kernels: list[Kernel]) -> None:
+    names = [UNFUSED, *(kernel.name for kernel in kernels)]
+    if prefer is not None and prefer not in names:
+        raise UsageError(f"unknown kernel '{prefer}'", f"choose one of {', '.join(names)}")
+
+
+def _above(chosen: Kernel, passed_over: list[PassedOver], kernels: list[Kernel]) -> list[PassedOver]:
+    """Of the kernels passed over, those of strictly higher priority: equals for other formats are no faster alternative."""
+    higher = {kernel.name for kernel in kernels if kernel.priority > chosen.priority}
+    return [entry for entry in passed_over if entry.kernel in higher]
+
+
+def _refuse_fallback(chosen: Kernel, request: KernelRequest, passed_over: tuple[PassedOver, ...], kernels: list[Kernel]) -> None:
+    """Raise when a fused kernel exists for the format but cannot run here."""
+    made_for_it = {kernel.name for kernel in kernels if kernel.fused and kernel.refuse_format(request) is None}
+    reasons = [f"{entry.kernel}: {entry.reason}" for entry in passed_over if entry.kernel in made_for_it]
+    if reasons:
+        raise KernelError(
+            f"{_describe(request)} would fall back to the unfused kernel '{chosen.name}' ({'; '.join(reasons)})",
+            "run without --strict to accept the slow path, or choose a scheme that a fused kernel runs here (`fewbit kernels`)",
+        )
+
+
+def _describe(request: KernelRequest) -> str:
+    weights = "a high-precision weight" if request.weights is None else f"a weight in {request.weights}"
+    activations = "" if request.input_activations is None else f" with inputs in {request.input_activations}"
+    return f"{weights}{activations}, {request.out_features}x{request.in_features} {request.dtype} on {request.device}"

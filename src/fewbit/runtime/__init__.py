@@ -1,0 +1,1 @@
+"""What a model sees: quantization configuration, linear methods, KV cache, load, generate."""
