@@ -52,7 +52,7 @@ wheel: ## a wheel for this interpreter in dist/
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 schema: setup ## rewrite the JSON Schema of results.json from the result types
-	$(BIN)/python scripts/generate_schema.py
+	$(BIN)/python -m fewbit.report.results_file
 
 docs: setup ## rewrite the generated documentation (docs/cli.md)
 	$(BIN)/python scripts/generate_docs.py

@@ -2,9 +2,9 @@
 
     make lock
 
-The file is a pip constraints file: it says which version of a package to take if something asks for it, and installs nothing itself. Local
-version labels (`2.13.0+cpu`) are left out, so that the CPU and the CUDA build of torch both satisfy it, and so are torch's CUDA libraries, which
-torch pins itself.
+The file is a pip constraints file: it says which version of a package to take if something asks for it, and installs nothing itself.
+Local version labels (`2.13.0+cpu`) are left out, so that the CPU and the CUDA build of torch both satisfy it, and so are torch's CUDA
+libraries, which torch pins itself.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=LOCK)
     arguments = parser.parse_args()
     header = [
-        f"# Written by `make lock` on {platform.system()} {platform.machine()} with Python {platform.python_version()}. A pip constraints file:",
-        "# `make setup` applies it, so that the figures in BENCHMARKS.md can be reproduced. `make setup LOCK=` takes the newest versions.",
+        f"# Written by `make lock` with Python {platform.python_version()} on {platform.system()} {platform.machine()}.",
+        "# A pip constraints file: `make setup` applies it, so that the figures in BENCHMARKS.md can be reproduced.",
+        "# `make setup LOCK=` takes the newest versions instead.",
     ]
     arguments.out.write_text("\n".join([*header, *locked_versions()]) + "\n", encoding="utf-8")
 

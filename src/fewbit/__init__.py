@@ -1,7 +1,116 @@
-"""fewbit: which quantization to deploy, decided by memory, latency and quality measured together."""
+"""fewbit: which quantization to deploy, decided by memory, latency and quality measured together.
+
+    import fewbit
+
+    results = fewbit.compare(variants="bf16,int8-w8a16,int4-w4a16")     # every figure of the table, as frozen dataclasses
+    loaded = fewbit.load_model(fewbit.open_source(None), fewbit.QuantizationConfig(fewbit.get_scheme("W4A16")))
+
+Each name below is imported from its layer when it is first used, so that `import fewbit` and `fewbit --help` do not wait for torch.
+`fewbit.bench` and `fewbit.evaluate` are layers, which is why their workflows are called `bench_model` and `evaluate_model` here.
+"""
 
 from __future__ import annotations
 
-__all__ = ["__version__"]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fewbit.errors import FewbitError
+    from fewbit.formats.quantize import dequantize, quantize
+    from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
+    from fewbit.formats.tensor import QuantizedTensor
+    from fewbit.methods.rtn import rtn
+    from fewbit.report.results_file import read_results
+    from fewbit.results import CompareResults, Environment, EvaluateResults
+    from fewbit.runtime.config import QuantizationConfig
+    from fewbit.runtime.generate import generate
+    from fewbit.runtime.load import LoadedModel, load_model
+    from fewbit.runtime.sources import open_source
+    from fewbit.workflows.bench import bench as bench_model
+    from fewbit.workflows.compare import CompareSettings, compare
+    from fewbit.workflows.environment import environment
+    from fewbit.workflows.evaluate import evaluate as evaluate_model
+    from fewbit.workflows.formats import describe_formats
+    from fewbit.workflows.generate import generate_text
+    from fewbit.workflows.kernels import list_kernels
+    from fewbit.workflows.quantize import quantize_model
+    from fewbit.workflows.report import build_report
+
+__all__ = [
+    "SCHEMES",
+    "CompareResults",
+    "CompareSettings",
+    "Environment",
+    "EvaluateResults",
+    "FewbitError",
+    "LoadedModel",
+    "QuantSpec",
+    "QuantizationConfig",
+    "QuantizedTensor",
+    "Scheme",
+    "__version__",
+    "bench_model",
+    "build_report",
+    "compare",
+    "dequantize",
+    "describe_formats",
+    "environment",
+    "evaluate_model",
+    "generate",
+    "generate_text",
+    "get_scheme",
+    "list_kernels",
+    "load_model",
+    "open_source",
+    "quantize",
+    "quantize_model",
+    "read_results",
+    "rtn",
+]
 
 __version__ = "0.1.0"
+
+# Where each public name lives: the imports above once more, for the running program.
+_HOMES = {
+    "SCHEMES": "fewbit.formats.spec:SCHEMES",
+    "CompareResults": "fewbit.results:CompareResults",
+    "CompareSettings": "fewbit.workflows.compare:CompareSettings",
+    "Environment": "fewbit.results:Environment",
+    "EvaluateResults": "fewbit.results:EvaluateResults",
+    "FewbitError": "fewbit.errors:FewbitError",
+    "LoadedModel": "fewbit.runtime.load:LoadedModel",
+    "QuantSpec": "fewbit.formats.spec:QuantSpec",
+    "QuantizationConfig": "fewbit.runtime.config:QuantizationConfig",
+    "QuantizedTensor": "fewbit.formats.tensor:QuantizedTensor",
+    "Scheme": "fewbit.formats.spec:Scheme",
+    "bench_model": "fewbit.workflows.bench:bench",
+    "build_report": "fewbit.workflows.report:build_report",
+    "compare": "fewbit.workflows.compare:compare",
+    "dequantize": "fewbit.formats.quantize:dequantize",
+    "describe_formats": "fewbit.workflows.formats:describe_formats",
+    "environment": "fewbit.workflows.environment:environment",
+    "evaluate_model": "fewbit.workflows.evaluate:evaluate",
+    "generate": "fewbit.runtime.generate:generate",
+    "generate_text": "fewbit.workflows.generate:generate_text",
+    "get_scheme": "fewbit.formats.spec:get_scheme",
+    "list_kernels": "fewbit.workflows.kernels:list_kernels",
+    "load_model": "fewbit.runtime.load:load_model",
+    "open_source": "fewbit.runtime.sources:open_source",
+    "quantize": "fewbit.formats.quantize:quantize",
+    "quantize_model": "fewbit.workflows.quantize:quantize_model",
+    "read_results": "fewbit.report.results_file:read_results",
+    "rtn": "fewbit.methods.rtn:rtn",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'fewbit' has no attribute '{name}'")
+    module, _, attribute = home.partition(":")
+    value = globals()[name] = getattr(import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,7 +3,7 @@
 def instruction_set() -> str:
     """The widest read loop that this CPU runs: `avx512`, `avx2` or `portable`."""
 
-def read_bandwidth(bytes: int, threads: int, seconds: float) -> float:
+def read_bandwidth(bytes: int, threads: int, seconds: float = 1.0) -> float:
     """DRAM read bandwidth in 1e9 bytes per second.
 
     Args:
