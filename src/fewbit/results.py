@@ -14,10 +14,12 @@ from pydantic.dataclasses import dataclass
 
 __all__ = [
     "SCHEMA_VERSION",
+    "BenchResults",
     "Bound",
     "CompareResults",
     "Counters",
     "Environment",
+    "EvaluateResults",
     "Interval",
     "KernelUse",
     "LatencyResult",
@@ -325,4 +327,45 @@ class CompareResults:
     shapes: ShapesResult | None = None
     conclusions: list[str] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class EvaluateResults:
+    """The quality of one model in one scheme.
+
+    Attributes:
+        model: the directory or the hub id.
+        scheme, method: number formats and how the numbers were chosen.
+        bits_per_byte: the loss per UTF-8 byte of the scored text; unlike perplexity comparable between tokenizers.
+        quality: against BF16; None when the scheme is BF16 or no comparison was asked for.
+        noise_floor: BF16 against itself, with `quality`.
+    """
+
+    model: str
+    scheme: str
+    method: str
+    kernels: list[KernelUse]
+    protocol: ProtocolInfo
+    perplexity: Interval
+    bits_per_byte: Interval
+    weights_sha256: str | None = None
+    quality: QualityResult | None = None
+    noise_floor: NoiseFloor | None = None
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class BenchResults:
+    """Latency and memory of one scheme beside BF16, measured in turns.
+
+    Attributes:
+        rows: BF16 first, then the scheme; only BF16 when that was the scheme.
+    """
+
+    environment: Environment
+    machine: MachineResult
+    model: ModelInfo
+    rows: list[VariantResult]
+    note: str = ""
     schema_version: int = SCHEMA_VERSION
