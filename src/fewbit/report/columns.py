@@ -153,7 +153,7 @@ _ALL = (
 )
 COLUMNS: Mapping[str, Column] = {column.key: column for column in _ALL}
 
-HEADLINE: Sequence[str] = ("bits", "weights", "kv", "prefill", "p50", "speedup", "bound", "perplexity", "delta", "kl", "flips", "verdict", "kernel")
+HEADLINE: Sequence[str] = ("bits", "weights", "kv", "p50", "speedup", "bound", "perplexity", "delta", "flips", "verdict", "kernel")
 """The columns of the one wide table."""
 
 GROUPS: Mapping[str, Sequence[str]] = {

@@ -27,7 +27,7 @@ __all__ = ["render_results"]
 
 _WIDE: Mapping[str, Sequence[str]] = {
     "": HEADLINE,
-    "in detail": ("bits_all", "disk", "peak", "kv_constant", "fits", "p95", "p99", "n", "generate", "prefill_speedup", "gb_s", "bandwidth", "prefill_bound"),
+    "in detail": ("disk", "peak", "fits", "prefill", "prefill_bound", "p95", "p99", "n", "generate", "gb_s", "bandwidth", "overhead", "kl"),
 }
 _NARROW: Mapping[str, Sequence[str]] = {
     "memory": ("bits", "weights", "disk", "peak", "kv", "fits"),
