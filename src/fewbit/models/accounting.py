@@ -1,0 +1,79 @@
+"""How many parameters a model has and how many bytes a cached token takes, before any weight is read.
+
+Parameters are counted on the model that transformers builds on torch's `meta` device: exact for every architecture, biases, norms
+and experts included, and without a formula per family that could drift. Tied parameters count once.
+
+A cached token takes, over all layers,
+
+    2 x layers x kv_heads x head_dim x bytes                   (keys and values; Qwen2.5-7B in BF16: 2 x 28 x 4 x 128 x 2 = 57,344 = 56 KiB)
+
+and, when quantized, num_bits / 8 bytes per value plus a scale and, if affine, a zero point of a byte for each group of values that
+share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from fewbit.formats.spec import QuantSpec, Scheme
+from fewbit.models.structure import build_empty_model
+
+__all__ = ["count_parameters", "kv_bytes_per_token", "kv_scheme_bytes_per_token", "kv_shape", "parameter_count"]
+
+_SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "e8m0": 1}
+
+
+def parameter_count(config: PretrainedConfig) -> int:
+    """All parameters of the model; tied ones count once.
+
+    Raises:
+        UnsupportedModelError: transformers knows no causal language model of this type.
+    """
+    model = build_empty_model(config)
+    return count_parameters(model, model.all_tied_weights_keys)
+
+
+def count_parameters(model: nn.Module, tied: Container[str]) -> int:
+    """All parameters of a model but those of the names `tied`, which are other names for parameters that it has anyway."""
+    return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+
+
+def kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(layers, kv_heads, head_dim) of the text decoder."""
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return text.num_hidden_layers, kv_heads, head_dim
+
+
+def kv_bytes_per_token(config: PretrainedConfig, spec: QuantSpec | None, dtype_bytes: int = 2) -> float:
+    """Bytes that one more cached token of one sequence takes, keys and values, all layers.
+
+    Args:
+        config: the model's configuration.
+        spec: format of keys and values alike; None for high precision.
+        dtype_bytes: bytes of one value in high precision.
+    """
+    layers, kv_heads, head_dim = kv_shape(config)
+    return 2 * layers * kv_heads * _bytes_of_head(head_dim, spec, dtype_bytes)
+
+
+def kv_scheme_bytes_per_token(config: PretrainedConfig, scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> float:
+    """The same for a scheme, whose keys and values may differ."""
+    layers, kv_heads, head_dim = kv_shape(config)
+    keys, values = (_bytes_of_head(head_dim, spec, dtype.itemsize) for spec in (scheme.kv_keys, scheme.kv_values))
+    return layers * kv_heads * (keys + values)
+
+
+def _bytes_of_head(head_dim: int, spec: QuantSpec | None, dtype_bytes: int) -> float:
+    """Bytes of one token of one head, head_dim values."""
+    if spec is None:
+        return head_dim * dtype_bytes
+    shared = spec.group_size if spec.group_size is not None else head_dim
+    overhead = _SCALE_BYTES[spec.scale_dtype] + (0 if spec.symmetric else 1)
+    return head_dim * (spec.num_bits / 8 + overhead / shared)

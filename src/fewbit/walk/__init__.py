@@ -1,0 +1,1 @@
+"""How a whole model is treated: outliers put in by hand; calibration and the block-by-block loop later."""
