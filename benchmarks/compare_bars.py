@@ -153,9 +153,12 @@ def schema_errors(results: Results) -> float:
     return sum(1 for _ in jsonschema.Draft202012Validator(schema).iter_errors(document))
 
 
-def measured_rows(results: Results, names: Sequence[str]) -> float:
-    """How many of these rows have quality in the model's section and latency in the shapes section."""
-    return sum(results.quality(name) is not None and results.latency(name) is not None for name in names)
+def measured_schemes(results: Results, schemes: Sequence[str]) -> float:
+    """How many of these schemes have a row with quality in the model's section and one with latency in the shapes section."""
+    shapes = results.read().shapes
+    with_quality = {row.variant.scheme for row in results.read().variants if row.quality is not None}
+    with_latency = {row.variant.scheme for row in (shapes.variants if shapes else []) if row.latency is not None}
+    return len(with_quality & with_latency & set(schemes))
 
 
 def kernel_conclusions(results: Results) -> float:
@@ -178,7 +181,7 @@ def bars(results: Results) -> list[Bar]:
         Bar("int8-perplexity-percent", of(perplexity_percent, "int8-w8a16"), "<=", 0.5, "INT8 W8A16 against BF16, either way"),
         Bar("int4-over-int8-perplexity", of(perplexity_ratio, "int4-w4a16", "int8-w8a16"), ">", 1.0, "INT4 g128 RTN is worse than INT8"),
         Bar("int2-over-bf16-perplexity", of(int2_perplexity_ratio), ">=", 2.0, "INT2 RTN is broken"),
-        Bar("nf4-fp8-rows", of(measured_rows, ["nf4-unfused", "fp8"]), "==", 2, "rows with quality and latency"),
+        Bar("nf4-fp8-rows", of(measured_schemes, ["NF4", "FP8A16"]), "==", 2, "NF4 and FP8 E4M3 have quality and latency"),
         Bar("int4-effective-bits", of(effective_bits, "int4-w4a16"), "<=", 4.5, "over the quantized linears"),
         Bar("int4-linear-memory-ratio", of(linear_memory_ratio, "int4-w4a16"), "<=", 0.30, "resident bytes over BF16"),
         Bar("kv-int8-ratio", of(kv_ratio, "kv-int8"), "<=", 0.55, "marginal bytes per token over BF16"),
