@@ -8,6 +8,9 @@
     tensor.py     QuantizedTensor, what the other layers exchange
     packing.py    dense bit packing
     cost.py       effective bits, bytes
+
+A new format is one row in `grids.GRIDS` and, when its codes are not covered by a type there, one case in `encode_values` and
+`decode_values`.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.formats.spec import QuantSpec
 
-__all__ = ["check_matrix", "from_groups", "row_chunks", "scale_shape", "to_groups"]
+__all__ = ["CHUNK_ELEMENTS", "check_matrix", "from_groups", "row_chunks", "scale_shape", "to_groups"]
 
-_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: temporaries stay this small whatever the size of the weight
+CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32: temporaries stay in the cache and are not mapped afresh for every operator
 
 
 def scale_shape(spec: QuantSpec, rows: int, columns: int) -> tuple[int, int]:
@@ -67,7 +67,7 @@ def from_groups(groups: torch.Tensor, spec: QuantSpec, rows: int, columns: int) 
 
 def row_chunks(spec: QuantSpec, rows: int, columns: int) -> Iterator[slice]:
     """Slices of rows that can be processed one after the other; one slice when rows share scales (tensor, block)."""
-    step = rows if spec.strategy in ("tensor", "block") else max(1, _CHUNK_ELEMENTS // max(columns, 1))
+    step = rows if spec.strategy in ("tensor", "block") else max(1, CHUNK_ELEMENTS // max(columns, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1)))
 
 

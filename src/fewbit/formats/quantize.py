@@ -6,8 +6,10 @@
                   x ~ (q - zero_point) * scale                    affine
 
 Weights are worked on in float32, a few rows at a time, so that the temporaries stay at some tens of megabytes whatever the size of the
-weight. The dynamic functions run inside every decode step: few operators, no check for NaN (it would force a synchronization). A NaN or
-an infinity in the input makes the scale of its group NaN or infinite, so the group comes back as NaN and is not hidden.
+weight. The dynamic functions run inside every decode step: few operators, no check for NaN (it would force a synchronization), and none
+is needed: a NaN makes the scale of its group NaN, so the whole group comes back as NaN; an infinity takes the largest scale there is, so
+the rest of its group comes back as zeros and itself as an infinity or the largest number. Both show. A group of zeros gets the smallest
+scale and comes back as zeros.
 
 Dynamic groupings, always relative to the last dimension of x [..., n]:
 
@@ -24,7 +26,7 @@ import torch
 
 from fewbit.errors import FormatError
 from fewbit.formats.grids import decode_values, encode_values, value_dtype
-from fewbit.formats.grouping import check_matrix, from_groups, row_chunks, scale_shape, to_groups
+from fewbit.formats.grouping import CHUNK_ELEMENTS, check_matrix, from_groups, row_chunks, scale_shape, to_groups
 from fewbit.formats.scales import compute_scales, round_scale, scale_as_float, scale_divisor, zero_points
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
@@ -161,6 +163,22 @@ def _dynamic_view(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, int |
     )
 
 
+def _encode_in_pieces(view: torch.Tensor, step: torch.Tensor, zero_point: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:
+    """`_encode`, in pieces that stay in the cache when x is large (a prefill): its float32 temporaries cost more than the arithmetic."""
+    pieces = -(-view.numel() // CHUNK_ELEMENTS)
+    if pieces <= 1:
+        return _encode(view, step, zero_point, spec)
+    dim = max(range(view.ndim), key=lambda d: view.shape[d])
+    shared = step.shape[dim] == 1
+    values = torch.empty(view.shape, dtype=value_dtype(spec), device=view.device)
+    length = -(-view.shape[dim] // pieces)
+    for start in range(0, view.shape[dim], length):
+        piece = (slice(None),) * dim + (slice(start, start + length),)
+        own = (slice(None),) if shared else piece
+        values[piece] = _encode(view[piece], step[own], None if zero_point is None else zero_point[own], spec)
+    return values
+
+
 def quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantize activations or KV with scales computed from the values themselves.
 
@@ -180,7 +198,7 @@ def quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, to
         )
     view, dim = _dynamic_view(x, spec)
     if spec.symmetric:
-        largest = torch.linalg.vector_norm(view, ord=float("inf"), dim=dim, keepdim=True, dtype=torch.float32)
+        largest = view.abs().amax(dim, keepdim=True).float()
         scale, zero_point = round_scale(largest / scale_divisor(spec), spec.scale_dtype), None
         step = scale_as_float(scale, spec)
     else:
@@ -188,7 +206,7 @@ def quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, to
         scale = round_scale((high - low) / (2**spec.num_bits - 1), spec.scale_dtype)
         step = scale_as_float(scale, spec)
         zero_point = zero_points(low, step, spec.num_bits)
-    values = _encode(view, step, zero_point, spec).view(x.shape)
+    values = _encode_in_pieces(view, step, zero_point, spec).reshape(x.shape)
     if view is not x:  # the reduced dimension of a group is dropped again
         assert isinstance(dim, int)
         scale, zero_point = scale.squeeze(dim), None if zero_point is None else zero_point.squeeze(dim)
@@ -211,7 +229,7 @@ def dequantize_dynamic(
     decoded = decode_values(view, spec, dtype=dtype)
     if zero_point is not None:
         decoded = decoded - zero_point  # at most 255 in magnitude: exact in BF16
-    return (decoded * step).to(dtype).view(values.shape)
+    return (decoded * step).to(dtype).reshape(values.shape)
 
 
 def fake_quantize(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
