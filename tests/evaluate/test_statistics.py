@@ -13,7 +13,16 @@ from fewbit.evaluate.statistics import clustered_mean, t_quantile, transform
 
 @pytest.mark.parametrize(
     ("degrees", "expected"),
-    [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (4, 2.7764451), (10, 2.2281389), (31, 2.0395134), (120, 1.9799304), (1000, 1.9623391)],
+    [
+        (1, 12.7062047),
+        (2, 4.3026527),
+        (3, 3.1824463),
+        (4, 2.7764451),
+        (10, 2.2281389),
+        (31, 2.0395134),
+        (120, 1.9799304),
+        (1000, 1.9623391),
+    ],
 )
 def test_t_quantile_agrees_with_published_tables(degrees: int, expected: float) -> None:
     assert t_quantile(degrees) == pytest.approx(expected, abs=1e-6)

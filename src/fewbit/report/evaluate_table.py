@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from fewbit.results import EvaluateResults, Interval, ProtocolInfo
+from fewbit.results import EvaluateResults, Interval, KernelUse
 
-__all__ = ["evaluate_table"]
+__all__ = ["render_evaluate"]
 
 
-def evaluate_table(results: EvaluateResults) -> Table:
-    """The table that a person reads; the caption says how it was measured."""
-    table = Table(
-        title=f"{results.model} in {results.scheme}", caption=_caption(results.protocol), title_justify="left", caption_justify="left"
+def render_evaluate(results: EvaluateResults, console: Console) -> None:
+    """Print the table that a person reads and, below it, how it was measured."""
+    console.print(_table(results))
+    protocol = results.protocol
+    console.print(
+        f"{protocol.name} on {protocol.corpus}: {protocol.windows} windows of {protocol.context_length} tokens, "
+        f"stride {protocol.stride}, {protocol.scored_tokens:,} tokens scored; text {protocol.text_sha256[:12]}, Python {protocol.python}, seed {protocol.seed}",
+        style="dim",
+        highlight=False,
     )
+    for note in filter(None, (protocol.note, *(_kernel_note(use) for use in results.kernels))):
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _kernel_note(use: KernelUse) -> str:
+    return f"{use.linears} linears on {use.kernel}{'' if use.fused else ' (unfused)'}"
+
+
+def _table(results: EvaluateResults) -> Table:
+    table = Table(title=Text(f"{results.model} in {results.scheme}"), title_justify="left")
     table.add_column("quality")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
     table.add_column("noise floor", justify="right")
-    _row(table, "perplexity", results.perplexity, "{:,.4g}")
+    _row(table, "perplexity", results.perplexity, "{:,.2f}")
     _row(table, "bits per byte", results.bits_per_byte, "{:.4f}")
     quality, floor = results.quality, results.noise_floor
     if quality is not None:
@@ -33,13 +50,5 @@ def evaluate_table(results: EvaluateResults) -> Table:
 
 
 def _row(table: Table, name: str, interval: Interval, form: str, floor: float | None = None, floor_form: str | None = None) -> None:
-    span = f"{form.format(interval.low)} … {form.format(interval.high)}"
+    span = f"{form.format(interval.low)} to {form.format(interval.high)}"
     table.add_row(name, form.format(interval.value), span, "" if floor is None else (floor_form or form).format(floor))
-
-
-def _caption(protocol: ProtocolInfo) -> str:
-    lines = [
-        f"{protocol.name} on {protocol.corpus}: {protocol.windows} windows of {protocol.context_length} tokens, stride {protocol.stride}, "
-        f"{protocol.scored_tokens:,} tokens scored; text {protocol.text_sha256[:12]}, Python {protocol.python}, seed {protocol.seed}"
-    ]
-    return "\n".join([*lines, protocol.note] if protocol.note else lines)

@@ -5,24 +5,23 @@
     results = evaluate(scheme="W4A16")
     print(results.perplexity.value, results.quality.kl_divergence_nats)
 
-BF16 is read first and its answers are kept, so that both models see the very same windows.
+BF16 is read first and its answers are kept, so that both models see the very same windows. A checkpoint that is quantized already holds
+no BF16 weights to compare with: name the model it was made from in `against`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from fewbit.corpora.text import load_corpus
-from fewbit.errors import UsageError
 from fewbit.evaluate.protocols import make_windows
 from fewbit.evaluate.quality import Progress, Reference, bits_per_byte, evaluate_quality, noise_floor, perplexity
-from fewbit.formats.spec import get_scheme
+from fewbit.formats.spec import Scheme, get_scheme
 from fewbit.results import EvaluateResults, NoiseFloor, QualityResult
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.load import load_model
-from fewbit.runtime.sources import open_source
+from fewbit.runtime.sources import TensorSource, open_source
 
 __all__ = ["evaluate"]
 
@@ -32,8 +31,8 @@ ProgressCallback = Callable[[int, int, str], None]
 def evaluate(
     model: str | Path | None = None,
     *,
-    scheme: str = "BF16",
-    against: Literal["BF16"] | None = "BF16",
+    scheme: str | None = None,
+    against: str | Path | None = None,
     corpus: str | None = None,
     texts: Sequence[Path] = (),
     protocol: str | None = None,
@@ -46,8 +45,10 @@ def evaluate(
 
     Args:
         model: a local Hugging Face directory or a hub id; the bundled reference model when None.
-        scheme: a preset of `formats.spec.SCHEMES`; weights are rounded to nearest (RTN) while loading.
-        against: what a scheme other than BF16 is compared with; None for its perplexity alone, which needs only one model in memory.
+        scheme: a preset of `formats.spec.SCHEMES`, whose weights are rounded to nearest (RTN) while loading; when None, the scheme that the
+            checkpoint is stored in.
+        against: the high-precision model to compare with, a directory or a hub id; when None, `model` itself in BF16 where `scheme`
+            quantizes it, and nothing where it is BF16 or quantized already.
         corpus: `stdlib` (default), `wikitext2` or `wikitext2:FILE`.
         texts: the user's own files in place of `corpus`.
         protocol: `stdlib`, `standard-2048` or `lab-512`; the corpus's own when None.
@@ -57,34 +58,34 @@ def evaluate(
         progress: called with (windows done, windows in all, what is being read).
 
     Raises:
-        UsageError: an unknown scheme, corpus, protocol or comparison.
-        ModelError, CheckpointError, CorpusError, FormatError, MeasurementError: input that cannot be used.
+        UsageError: an unknown scheme, corpus or protocol.
+        ModelError, CheckpointError, CorpusError, FormatError, KernelError, MeasurementError: input that cannot be used.
     """
-    if against not in (None, "BF16"):
-        raise UsageError(f"cannot compare with '{against}'", "pass BF16, or nothing for the perplexity alone")
-    chosen, baseline = get_scheme(scheme), get_scheme("BF16")
+    named = get_scheme(scheme) if scheme is not None else None
     text = load_corpus(corpus, texts)
     source = open_source(model)
+    chosen = named or source.scheme or get_scheme("BF16")
     windows = make_windows(protocol, text, source.tokenizer(), source.config, seed=seed, max_tokens=max_tokens)
 
-    def label(what: str) -> Progress | None:
+    def telling(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(done, total, what)
 
+    original = open_source(against) if against is not None else source if source.scheme is None and _quantizes(chosen) else None
     quality: QualityResult | None = None
     floor: NoiseFloor | None = None
-    if against is not None and chosen.name != baseline.name:
-        reference = Reference(load_model(source, QuantizationConfig(baseline)), windows, progress=label("BF16"))
-        floor = noise_floor(reference, progress=label("noise floor"))
+    if original is not None:
+        reference = Reference(load_model(original, QuantizationConfig(get_scheme("BF16"))), windows, progress=telling("BF16"))
+        floor = noise_floor(reference, progress=telling("noise floor"))
         loaded = load_model(source, QuantizationConfig(chosen))
-        quality = evaluate_quality(reference, loaded, threshold_percent=threshold, progress=label(chosen.name))
+        quality = evaluate_quality(reference, loaded, threshold_percent=threshold, progress=telling(chosen.name))
         own = quality.perplexity
     else:
         loaded = load_model(source, QuantizationConfig(chosen))
-        own = perplexity(loaded, windows, progress=label(chosen.name))
+        own = perplexity(loaded, windows, progress=telling(chosen.name))
     return EvaluateResults(
         model=source.describe(),
         scheme=chosen.name,
-        method="rtn" if chosen.weights is not None else "none",
+        method=_method(source, chosen),
         kernels=list(loaded.kernel_uses),
         protocol=windows.info,
         perplexity=own,
@@ -93,3 +94,12 @@ def evaluate(
         quality=quality,
         noise_floor=floor,
     )
+
+
+def _quantizes(scheme: Scheme) -> bool:
+    return scheme.weights is not None or scheme.kv_keys is not None
+
+
+def _method(source: TensorSource, scheme: Scheme) -> str:
+    """How the weights were chosen: rounded here, taken as they are stored, or not quantized."""
+    return "stored" if source.scheme is not None else "none" if scheme.weights is None else "rtn"
