@@ -8,7 +8,25 @@ from pathlib import Path
 
 from fewbit.errors import OutputError
 
-__all__ = ["write_text"]
+__all__ = ["ensure_writable", "write_text"]
+
+_REMEDY = "choose a directory that you can write to with --out"
+
+
+def ensure_writable(directory: Path) -> None:
+    """Find out before a long measurement that its results can be written; makes nothing.
+
+    Raises:
+        OutputError: `directory`, or the nearest folder above it that exists, is a file or cannot be written to.
+    """
+    nearest = directory.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {directory}: {error.strerror or error}", _REMEDY) from error
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -17,12 +35,11 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         OutputError: the directory or the file cannot be written; no temporary file is left behind.
     """
-    remedy = "choose a directory that you can write to with --out"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}", remedy) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", _REMEDY) from error
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
@@ -31,7 +48,7 @@ def write_text(path: Path, text: str) -> Path:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}", remedy) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", _REMEDY) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -1,0 +1,7 @@
+"""`python -m fewbit`: the command line."""
+
+from fewbit.cli import main
+
+__all__: list[str] = []
+
+main()

@@ -1,0 +1,346 @@
+"""The command line: parsing of arguments and nothing else.
+
+Each command calls one function of `fewbit.workflows` and prints what it returns, as tables or with `--json` as the result's own JSON.
+Errors that fewbit raises on purpose end in one line on stderr and exit code 2; `--debug` shows the traceback. Heavy imports happen inside the commands,
+so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewbit.errors import FewbitError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fewbit",
+    help="Which quantization to deploy: measures memory, latency and quality of the same weights in one run, makes the checkpoint, and says why.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="A local Hugging Face directory or a hub id; the bundled reference model when left out.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout instead of tables.")]
+TextOption = Annotated[list[Path] | None, typer.Option("--text", help="Measure quality on this UTF-8 file; may be repeated.", metavar="FILE")]
+CorpusOption = Annotated[str | None, typer.Option(help="stdlib (default), wikitext2 (from the hub) or wikitext2:FILE.")]
+ProtocolOption = Annotated[str | None, typer.Option(help="stdlib, standard-2048 or lab-512; the corpus's own when left out.")]
+StrictOption = Annotated[bool, typer.Option(help="Fail instead of running a slower kernel where a fused one exists for the format.")]
+
+
+def _example(text: str) -> str:
+    return f"Example: [bold]{text}[/bold]"
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr; silent when stderr is no terminal or `quiet`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_json(result: Any) -> None:
+    from pydantic import TypeAdapter
+
+    sys.stdout.write(TypeAdapter(type(result)).dump_json(result, indent=2).decode() + "\n")
+
+
+def _version(value: bool) -> None:
+    if value:
+        from fewbit.workflows.environment import environment, environment_lines
+
+        typer.echo("\n".join(environment_lines(environment())))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and the environment, for bug reports, and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice when left out.", min=1)] = None,
+) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@app.command(epilog=_example("fewbit compare --variants bf16,int8-w8a16,int4-w4a16 --out results/compare"))
+def compare(
+    model: ModelArgument = None,
+    variants: Annotated[str | None, typer.Option(help="Comma-separated rows or schemes; all default rows when left out.")] = None,
+    text: TextOption = None,
+    corpus: CorpusOption = None,
+    protocol: ProtocolOption = None,
+    shapes: Annotated[str | None, typer.Option(help="Add latency and memory on random weights in these real shapes, e.g. qwen2.5-1.5b.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write results.json, results.csv, figures and report.html here.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that quality is measured on; 0 for the whole corpus.", min=0)] = 32_768,
+    threshold: Annotated[float, typer.Option(help="Largest increase of perplexity over BF16 that passes, in percent.", min=0.0)] = 5.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill measurement.", min=1)] = 512,
+    context: Annotated[int, typer.Option(help="Tokens in the KV cache while decode is measured.", min=1)] = 128,
+    memory_budget: Annotated[str, typer.Option(help="Memory in which sequences are fitted, e.g. 8GiB.")] = "8GiB",
+    kv_context: Annotated[int, typer.Option(help="Length of those sequences; cut to the model's maximum.", min=1)] = 4096,
+    counters: Annotated[bool, typer.Option("--counters", help="Also read hardware counters, where perf is there.")] = False,
+    strict: StrictOption = False,
+    seed: Annotated[int, typer.Option(help="For sampling text and for random weights.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Measure memory, latency and quality of each quantization of one model together, and say what to conclude."""
+    from fewbit.bench.latency import LatencySettings
+    from fewbit.report.table import render_results
+    from fewbit.workflows.compare import CompareSettings
+    from fewbit.workflows.compare import compare as run
+    from fewbit.workflows.sizes import parse_bytes
+
+    settings = CompareSettings(
+        latency=LatencySettings(prompt_tokens=prompt_tokens, context_tokens=context, counters=counters, seed=seed),
+        max_tokens=max_tokens or None,
+        threshold_percent=threshold,
+        memory_budget_bytes=parse_bytes(memory_budget),
+        kv_context_tokens=kv_context,
+        strict=strict,
+        seed=seed,
+    )
+    with _progress(quiet=json) as progress:
+        results = run(
+            model,
+            variants=variants,
+            texts=text or (),
+            corpus=corpus,
+            protocol=protocol,
+            shapes=shapes,
+            out=out,
+            settings=settings,
+            progress=progress,
+        )
+    if json:
+        _print_json(results)
+        return
+    console = _console()
+    render_results(results, console)
+    if out is not None:
+        console.print(f"\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog=_example("fewbit report results/compare"))
+def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory with results.json.")]) -> None:
+    """Rebuild table, figures and page from a results file alone."""
+    from fewbit.workflows.report import build_report
+
+    typer.echo(build_report(directory))
+
+
+@app.command(epilog=_example("fewbit evaluate --scheme W4A16"))
+def evaluate(
+    model: ModelArgument = None,
+    scheme: Annotated[str, typer.Option(help="The scheme to evaluate; against BF16 unless it is BF16.")] = "BF16",
+    text: TextOption = None,
+    corpus: CorpusOption = None,
+    protocol: ProtocolOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that are scored; 0 for the whole corpus.", min=0)] = 0,
+    threshold: Annotated[float, typer.Option(help="Largest increase of perplexity over BF16 that passes, in percent.", min=0.0)] = 5.0,
+    seed: Annotated[int, typer.Option(help="For sampling text.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Measure perplexity and, for a quantized scheme, its difference to BF16 with KL divergence and flips."""
+    from fewbit.report.evaluate_table import render_evaluate
+    from fewbit.workflows.evaluate import evaluate as run
+
+    with _progress(quiet=json) as progress:
+        result = run(
+            model,
+            scheme=scheme,
+            corpus=corpus,
+            texts=text or (),
+            protocol=protocol,
+            max_tokens=max_tokens or None,
+            threshold=threshold,
+            seed=seed,
+            progress=progress,
+        )
+    _print_json(result) if json else render_evaluate(result, _console())
+
+
+@app.command(epilog=_example("fewbit bench --shapes qwen2.5-1.5b --scheme W4A16"))
+def bench(
+    model: ModelArgument = None,
+    shapes: Annotated[str | None, typer.Option(help="Random weights in these real shapes, in place of a model.")] = None,
+    scheme: Annotated[str, typer.Option(help="The scheme to time against BF16.")] = "W4A16",
+    kernel: Annotated[str | None, typer.Option(help="A kernel's name, or 'unfused'; the fastest when left out.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill measurement.", min=1)] = 512,
+    context: Annotated[int, typer.Option(help="Tokens in the KV cache while decode is measured.", min=1)] = 128,
+    machine: Annotated[bool, typer.Option("--machine", help="Measure only the machine: bandwidth, GEMM rate, time per operator.")] = False,
+    counters: Annotated[bool, typer.Option("--counters", help="Also read hardware counters, where perf is there.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure prefill, decode and memory of one scheme against BF16, or of the machine itself."""
+    from fewbit.report.bench_table import render_bench, render_machine
+    from fewbit.workflows.bench import bench as run
+    from fewbit.workflows.bench import bench_machine
+
+    with _progress(quiet=json) as progress:
+        if machine:
+            result: Any = bench_machine()
+        else:
+            result = run(
+                model,
+                shapes=shapes,
+                scheme=scheme,
+                kernel=kernel,
+                prompt_tokens=prompt_tokens,
+                context=context,
+                counters=counters,
+                progress=progress,
+            )
+    if json:
+        _print_json(result)
+    else:
+        (render_machine if machine else render_bench)(result, _console())
+
+
+@app.command(epilog=_example("fewbit quantize --scheme W4A16 --out quantized/w4a16"))
+def quantize(
+    model: ModelArgument = None,
+    *,
+    scheme: Annotated[str, typer.Option(help="Which tensors get which number format, e.g. W4A16, W8A8, FP8.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory; work in progress lives in DIR.partial.")],
+    method: Annotated[str, typer.Option(help="How the numbers are chosen.")] = "rtn",
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale, in place of the scheme's.", min=1)] = None,
+    observer: Annotated[str, typer.Option(help="How scales are chosen: minmax or mse.")] = "minmax",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Make a checkpoint in the compressed-tensors layout."""
+    from fewbit.report.quantize_table import render_quantize
+    from fewbit.workflows.quantize import quantize_model
+
+    with _progress(quiet=json) as progress:
+        result = quantize_model(
+            model,
+            scheme=scheme,
+            method=method,
+            out=out,
+            group_size=group_size,
+            observer=observer,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _print_json(result) if json else render_quantize(result, _console())
+
+
+@app.command(epilog=_example("fewbit generate --prompt 'def fibonacci(n):' --scheme W8A16"))
+def generate(
+    model: ModelArgument = None,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "import ",
+    scheme: Annotated[str, typer.Option(help="The scheme to run.")] = "BF16",
+    kernel: Annotated[str | None, typer.Option(help="A kernel's name, or 'unfused'; the fastest when left out.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    strict: StrictOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Continue a text, streaming tokens, and print the time per token and the kernel that ran."""
+    from fewbit.workflows.generate import generate_text
+
+    console = _console()
+    result = generate_text(
+        model,
+        prompt=prompt,
+        scheme=scheme,
+        kernel=kernel,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        strict=strict,
+        on_text=None if json else lambda piece: console.print(piece, end="", markup=False, highlight=False, soft_wrap=True),
+    )
+    if json:
+        _print_json(result)
+    else:
+        console.print(f"\n\n[dim]{result.summary()}[/dim]", highlight=False)
+
+
+@app.command(epilog=_example("fewbit formats --tensor model.safetensors:model.layers.0.mlp.down_proj.weight --out results/formats"))
+def formats(
+    tensor: Annotated[str | None, typer.Option(metavar="FILE:NAME", help="A tensor of a safetensors file, in place of the bundled model's.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the figures here.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show each number format, and the error and overhead of each granularity on Gaussian, heavy-tailed and real weights."""
+    from fewbit.report.format_tables import render_formats
+    from fewbit.workflows.formats import describe_formats
+
+    result = describe_formats(tensor)
+    if out is not None:
+        from fewbit.report.format_figures import write_format_figures
+
+        write_format_figures(result, out)
+    _print_json(result) if json else render_formats(result, _console())
+
+
+@app.command(epilog=_example("fewbit kernels --out-features 8960 --in-features 1536"))
+def kernels(
+    out_features: Annotated[int, typer.Option(help="Rows of the weight.", min=1)] = 4096,
+    in_features: Annotated[int, typer.Option(help="Columns of the weight.", min=1)] = 4096,
+    json: JsonOption = False,
+) -> None:
+    """Show which kernel this machine runs for each scheme, and why not the others."""
+    from fewbit.report.kernel_tables import render_kernels
+    from fewbit.workflows.kernels import list_kernels
+
+    result = list_kernels((out_features, in_features))
+    _print_json(result) if json else render_kernels(result, _console())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors raised on purpose become one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    # `--debug` may stand anywhere, also behind the command's own options.
+    arguments = ["--debug"] * debug + [a for a in arguments if a != "--debug"]
+    try:
+        app(args=arguments)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, debug)
+    except FewbitError as error:
+        _fail(str(error), 2, debug)
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        raise
+    sys.stderr.write(f"fewbit: error: {' '.join(message.split())}\n")
+    raise SystemExit(code) from None

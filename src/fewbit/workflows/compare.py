@@ -1,0 +1,164 @@
+"""`fewbit compare`: memory, latency and quality of several quantizations of one model, measured together in one process run.
+
+For each variant, in this order: load it (quantizing while loading); measure its latency in turns with BF16, which stays resident; measure
+its quality on the same tokens as BF16; measure its peak memory in a fresh process. A model that is too small to be bandwidth-bound says
+nothing about the speed of a larger one, so `shapes` adds the latency and memory of a stack of layers in real shapes with random weights.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from fewbit.bench.machine import measure_machine
+from fewbit.bench.memory import PeakMeter
+from fewbit.corpora.text import load_corpus
+from fewbit.decide.conclusions import conclude
+from fewbit.errors import UsageError
+from fewbit.evaluate.protocols import make_windows
+from fewbit.evaluate.quality import Reference, noise_floor
+from fewbit.report.files import ensure_writable
+from fewbit.report.page import write_page
+from fewbit.report.results_file import write_results
+from fewbit.results import CompareResults, ShapesResult
+from fewbit.workflows.environment import environment
+from fewbit.workflows.section import ProgressCallback, Section, SectionSettings, Steps, Subject
+from fewbit.workflows.variants import BASELINE, Variant, parse_variants
+
+__all__ = ["CompareSettings", "compare"]
+
+_BUSY_SHARE = 0.10
+
+
+@dataclass(frozen=True)
+class CompareSettings(SectionSettings):
+    """How much is measured; the fields of `SectionSettings` and what only a whole comparison has.
+
+    Attributes:
+        max_tokens: tokens of text that quality is measured on; None for all of the corpus.
+        seed: for sampling windows and random weights.
+    """
+
+    max_tokens: int | None = 32_768
+    seed: int = 0
+
+
+def compare(
+    model: str | Path | None = None,
+    *,
+    variants: str | Sequence[Variant] | None = None,
+    texts: Sequence[Path] = (),
+    corpus: str | None = None,
+    protocol: str | None = None,
+    shapes: str | None = None,
+    out: Path | None = None,
+    settings: CompareSettings | None = None,
+    progress: ProgressCallback | None = None,
+    command: str | None = None,
+) -> CompareResults:
+    """Measure memory, latency and quality of each variant of one model together.
+
+    Args:
+        model: a local Hugging Face directory or a hub id; the bundled reference model when None.
+        variants: comma-separated names, or rows of `workflows.variants`; the default rows when None. BF16 is always measured.
+        texts: files to measure quality on, in place of `corpus`.
+        corpus: `stdlib` (default), `wikitext2` or `wikitext2:FILE`.
+        protocol: `stdlib`, `standard-2048` or `lab-512`; the corpus's own when None.
+        shapes: also measure latency and memory on random weights in these real shapes (`fewbit.models.shapes.SHAPES`).
+        out: where results.json, results.csv, three figures and report.html are written; nowhere when None.
+        settings: how much is measured.
+        progress: called with (steps done, steps in all, what is next).
+        command: what the user typed, for the record; the process's own arguments when None.
+
+    Raises:
+        UsageError: an unknown variant, corpus, protocol or shape.
+        ModelError, CheckpointError, CorpusError, FormatError, OutputError: input or output that cannot be used.
+    """
+    settings = settings or CompareSettings()
+    rows = parse_variants(variants) if variants is None or isinstance(variants, str) else tuple(variants)
+    if not rows or rows[0].name != BASELINE.name:
+        raise UsageError("the first variant of a comparison is the BF16 baseline", "put BASELINE first")
+    steps = Steps(progress, total=2 + 3 * len(rows) + (1 + 2 * len(rows) if shapes else 0))
+    started, started_at, load = time.time(), datetime.now(UTC).isoformat(timespec="seconds"), _OtherLoad()
+
+    # Everything that can be wrong with the input is found before anything slow begins.
+    if out is not None:
+        ensure_writable(out)
+    text = load_corpus(corpus, texts)
+    subject = Subject(model=model)
+    source = subject.open()
+    windows = make_windows(protocol, text, source.tokenizer(), source.config, seed=settings.seed, max_tokens=settings.max_tokens)
+    shapes_subject = Subject(shapes=shapes, seed=settings.seed) if shapes else None
+    shapes_source = shapes_subject.open() if shapes_subject else None
+
+    steps.next("machine: bandwidth and GEMM rate")
+    machine = measure_machine()
+    with PeakMeter() as meter:
+        section = Section(subject, source, machine, settings, steps, meter)
+        steps.next(f"{BASELINE.label}: noise floor on {text.name}")
+        reference = Reference(section.baseline, windows)
+        floor = noise_floor(reference)
+        measured = [section.measure(row, reference) for row in rows]
+        shapes_result = None
+        if shapes_subject is not None and shapes_source is not None:
+            steps.next(f"{shapes}: random weights")
+            stack = Section(shapes_subject, shapes_source, machine, settings, steps, meter)
+            shapes_rows = [stack.measure(row) for row in rows]
+            info = stack.model_info
+            note = f"scaled from {info.layers_measured} of {info.layers_total} layers with random weights"
+            shapes_result = ShapesResult(info, shapes_rows, note)
+
+    results = CompareResults(
+        command=command or shlex.join(["fewbit", *sys.argv[1:]]),
+        run_id=uuid.uuid4().hex,
+        started_at=started_at,
+        duration_s=round(time.time() - started, 1),
+        environment=environment(),
+        machine=machine,
+        model=section.model_info,
+        variants=measured,
+        protocol=windows.info,
+        noise_floor=floor,
+        shapes=shapes_result,
+        warnings=load.warnings(),
+    )
+    results = replace(results, conclusions=conclude(results))
+    if out is not None:
+        write_results(results, out)
+        write_page(results, out)
+    steps.finish()
+    return results
+
+
+class _OtherLoad:
+    """What other processes took of the machine while this one measured."""
+
+    def __init__(self) -> None:
+        self._before = self._busy_s()
+
+    def warnings(self) -> list[str]:
+        """One sentence when others took enough time to disturb the latencies, else nothing."""
+        all_before, own_before = self._before
+        all_now, own_now = self._busy_s()
+        busy = all_now - all_before
+        others = max(0.0, busy - (own_now - own_before))
+        if busy <= 0 or others / busy < _BUSY_SHARE:
+            return []
+        share = f"{others / busy:.0%}"
+        return [f"The machine was not idle: other processes took {share} of its busy time. Latencies are less certain than their intervals."]
+
+    @staticmethod
+    def _busy_s() -> tuple[float, float]:
+        """(CPU seconds of the whole machine, of this process and its children), without idle time."""
+        times = psutil.cpu_times()
+        own = psutil.Process().cpu_times()
+        whole = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+        return whole, own.user + own.system + own.children_user + own.children_system

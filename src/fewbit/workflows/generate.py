@@ -1,0 +1,106 @@
+"""`fewbit generate`: continue a text with a model in any scheme, and say how long each token took on which kernel."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from fewbit.errors import UsageError
+from fewbit.formats.spec import get_scheme
+from fewbit.results import KernelUse
+from fewbit.runtime.config import QuantizationConfig
+from fewbit.runtime.generate import generate
+from fewbit.runtime.load import load_model
+from fewbit.runtime.sources import open_source
+
+__all__ = ["GenerateResult", "generate_text"]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class GenerateResult:
+    """One continuation.
+
+    Attributes:
+        prompt_tokens, new_tokens: lengths in tokens.
+        decode_ms_p50: median time of one decode step; None when only one token was made.
+    """
+
+    model: str
+    scheme: str
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_ms: float
+    decode_ms_p50: float | None
+    kernels: list[KernelUse]
+
+    def summary(self) -> str:
+        """One line for a person: times, kernels and how many faster kernels were passed over."""
+        step = f", {self.decode_ms_p50:.2f} ms per token" if self.decode_ms_p50 is not None else ""
+        kernels = ", ".join(f"{use.kernel} x{use.linears}" for use in self.kernels)
+        passed = sorted({f"{p.kernel}: {p.reason}" for use in self.kernels for p in use.passed_over})
+        reasons = f"\npassed over: {'; '.join(passed)}" if passed else ""
+        return f"{self.scheme}: prefill of {self.prompt_tokens} tokens {self.prefill_ms:.1f} ms{step}; kernels: {kernels}{reasons}"
+
+
+def generate_text(
+    model: str | Path | None = None,
+    *,
+    prompt: str,
+    scheme: str = "BF16",
+    kernel: str | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    strict: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> GenerateResult:
+    """Continue `prompt`.
+
+    Args:
+        model: a local Hugging Face directory or a hub id; the bundled reference model when None.
+        scheme, kernel, strict: as in `runtime.config.QuantizationConfig`.
+        temperature: 0 takes the most likely token.
+        on_text: called with each new piece of text as soon as it is whole.
+
+    Raises:
+        UsageError: an empty prompt or an unknown scheme.
+        ModelError, CheckpointError, KernelError: a model that cannot be loaded or run.
+    """
+    if not prompt:
+        raise UsageError("the prompt is empty", "pass some text with --prompt")
+    loaded = load_model(open_source(model), QuantizationConfig(get_scheme(scheme), kernel=kernel, strict=strict))
+    tokenizer = loaded.tokenizer
+    input_ids = tokenizer(prompt, return_tensors="pt").input_ids
+    shown: list[int] = []
+    printed = ""
+
+    def on_token(token: int) -> None:
+        # A token can hold part of a character: print only what more tokens cannot change any more.
+        nonlocal printed
+        shown.append(token)
+        text = tokenizer.decode(shown, skip_special_tokens=True)
+        if on_text is not None and not text.endswith("\ufffd"):
+            on_text(text[len(printed) :])
+            printed = text
+
+    if on_text is not None:
+        on_text(prompt)
+    result = generate(loaded, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, on_token=on_token)
+    return GenerateResult(
+        model=loaded.source.describe(),
+        scheme=loaded.scheme.name,
+        prompt=prompt,
+        text=tokenizer.decode(result.tokens, skip_special_tokens=True),
+        prompt_tokens=input_ids.shape[1],
+        new_tokens=len(result.tokens),
+        prefill_ms=result.prefill_ms,
+        decode_ms_p50=statistics.median(result.step_ms) if result.step_ms else None,
+        kernels=list(loaded.kernel_uses),
+    )
