@@ -1,0 +1,1 @@
+"""What to conclude from measurements, in words and with their reasons."""
