@@ -16,8 +16,8 @@ def render_evaluate(results: EvaluateResults, console: Console) -> None:
     console.print(_table(results))
     protocol = results.protocol
     console.print(
-        f"{protocol.name} on {protocol.corpus}: {protocol.windows} windows of {protocol.context_length} tokens, "
-        f"stride {protocol.stride}, {protocol.scored_tokens:,} tokens scored; text {protocol.text_sha256[:12]}, Python {protocol.python}, seed {protocol.seed}",
+        f"{protocol.name} on {protocol.corpus}: {protocol.windows} windows of {protocol.context_length} tokens, stride {protocol.stride}, "
+        f"{protocol.scored_tokens:,} tokens scored; text {protocol.text_sha256[:12]}, Python {protocol.python}, seed {protocol.seed}",
         style="dim",
         highlight=False,
     )
