@@ -105,7 +105,7 @@ class _History:
         return dequantize_dynamic(values, scale, zero_point, self.spec, self.dtype)
 
     def crop(self, tokens: int) -> torch.Tensor:
-        """Keep `tokens` tokens in whole units; returns the rest of a unit that is cut, dequantized: [batch, heads, tokens % unit, head_dim]."""
+        """Keep `tokens` tokens in whole units; returns the rest of a cut unit, dequantized: [batch, heads, tokens % unit, head_dim]."""
         rest = self.dequantized()[:, :, tokens - tokens % self.unit : tokens]
         for buffer in self.buffers:
             buffer.length = tokens // self.unit

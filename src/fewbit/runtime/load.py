@@ -182,7 +182,7 @@ def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _tied_names(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:
-    """Target to origin. What the configuration ties but differs in the checkpoint is not tied: the weights are right, as in transformers."""
+    """Target to origin. What the configuration ties but differs in the checkpoint is not tied, as in transformers."""
     given = set(source.names())
     pairs = model.all_tied_weights_keys.items()
     return {t: o for t, o in pairs if not (t in given and o in given) or torch.equal(source.get(t), source.get(o))}
