@@ -26,10 +26,10 @@ from fewbit.errors import UsageError
 from fewbit.evaluate.protocols import make_windows
 from fewbit.evaluate.quality import Reference, noise_floor
 from fewbit.report.files import ensure_writable
-from fewbit.report.page import write_page
 from fewbit.report.results_file import write_results
 from fewbit.results import CompareResults, ShapesResult
 from fewbit.workflows.environment import environment
+from fewbit.workflows.report import build_report
 from fewbit.workflows.section import ProgressCallback, Section, SectionSettings, Steps, Subject
 from fewbit.workflows.variants import BASELINE, Variant, parse_variants
 
@@ -133,7 +133,7 @@ def compare(
     results = replace(results, conclusions=conclude(results))
     if out is not None:
         write_results(results, out)
-        write_page(results, out)
+        build_report(out)
     steps.finish()
     return results
 
