@@ -161,7 +161,8 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A dire
 @app.command(epilog=_example("fewbit evaluate --scheme W4A16"))
 def evaluate(
     model: ModelArgument = None,
-    scheme: Annotated[str, typer.Option(help="The scheme to evaluate; against BF16 unless it is BF16.")] = "BF16",
+    scheme: Annotated[str | None, typer.Option(help="The scheme to evaluate; the checkpoint's own when left out.")] = None,
+    against: Annotated[str | None, typer.Option(help="The model in high precision to compare with; MODEL itself in BF16 when left out.")] = None,
     text: TextOption = None,
     corpus: CorpusOption = None,
     protocol: ProtocolOption = None,
@@ -170,7 +171,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="For sampling text.")] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity and, for a quantized scheme, its difference to BF16 with KL divergence and flips."""
+    """Measure perplexity and, for a quantized scheme, its difference to BF16 with KL divergence and flips.
+
+    Without --max-tokens all of the text is read, as the papers do.
+    """
     from fewbit.report.evaluate_table import render_evaluate
     from fewbit.workflows.evaluate import evaluate as run
 
@@ -178,6 +182,7 @@ def evaluate(
         result = run(
             model,
             scheme=scheme,
+            against=against,
             corpus=corpus,
             texts=text or (),
             protocol=protocol,
@@ -260,7 +265,7 @@ def quantize(
 def generate(
     model: ModelArgument = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "import ",
-    scheme: Annotated[str, typer.Option(help="The scheme to run.")] = "BF16",
+    scheme: Annotated[str | None, typer.Option(help="The scheme to run; the checkpoint's own when left out.")] = None,
     kernel: Annotated[str | None, typer.Option(help="A kernel's name, or 'unfused'; the fastest when left out.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 0.0,

@@ -86,7 +86,7 @@ def test_quantize_then_generate_from_the_checkpoint(tiny_llama_dir: Path, tmp_pa
     out = tmp_path / "quantized"
     assert run("quantize", tiny_llama_dir, "--scheme", "W4A16", "--out", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["scheme"].startswith("W4A16")
-    assert run("generate", out, "--scheme", "W4A16", "--prompt", "import", "--max-new-tokens", "4", "--json") == 0
+    assert run("generate", out, "--prompt", "import", "--max-new-tokens", "4", "--json") == 0
     made = json.loads(capsys.readouterr().out)
     assert made["new_tokens"] == 4
     assert any(use["kernel"] != "dense" for use in made["kernels"])

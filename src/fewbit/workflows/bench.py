@@ -1,9 +1,9 @@
 """`fewbit bench`: latency and memory of one scheme against BF16, or what the machine itself can do.
 
-    from fewbit.workflows.bench import bench
+from fewbit.workflows.bench import bench
 
-    results = bench(shapes="qwen2.5-1.5b", scheme="W4A16")
-    print(results.rows[-1].latency.speedup_over_bf16)
+results = bench(shapes="qwen2.5-1.5b", scheme="W4A16")
+print(results.rows[-1].latency.speedup_over_bf16)
 """
 
 from __future__ import annotations

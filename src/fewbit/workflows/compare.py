@@ -153,7 +153,7 @@ class _OtherLoad:
         if busy <= 0 or others / busy < _BUSY_SHARE:
             return []
         share = f"{others / busy:.0%}"
-        return [f"The machine was not idle: other processes took {share} of its busy time. Latencies are less certain than their intervals."]
+        return [f"The machine was not idle: other processes took {share} of its busy time. Latencies are less certain than they look."]
 
     @staticmethod
     def _busy_s() -> tuple[float, float]:

@@ -52,7 +52,7 @@ def generate_text(
     model: str | Path | None = None,
     *,
     prompt: str,
-    scheme: str = "BF16",
+    scheme: str | None = None,
     kernel: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -65,7 +65,8 @@ def generate_text(
 
     Args:
         model: a local Hugging Face directory or a hub id; the bundled reference model when None.
-        scheme, kernel, strict: as in `runtime.config.QuantizationConfig`.
+        scheme: a preset of `formats.spec.SCHEMES`; when None, the scheme that the checkpoint is stored in.
+        kernel, strict: as in `runtime.config.QuantizationConfig`.
         temperature: 0 takes the most likely token.
         on_text: called with each new piece of text as soon as it is whole.
 
@@ -75,7 +76,9 @@ def generate_text(
     """
     if not prompt:
         raise UsageError("the prompt is empty", "pass some text with --prompt")
-    loaded = load_model(open_source(model), QuantizationConfig(get_scheme(scheme), kernel=kernel, strict=strict))
+    source = open_source(model)
+    chosen = get_scheme(scheme or "BF16") if scheme or source.scheme is None else source.scheme
+    loaded = load_model(source, QuantizationConfig(chosen, kernel=kernel, strict=strict))
     tokenizer = loaded.tokenizer
     input_ids = tokenizer(prompt, return_tensors="pt").input_ids
     shown: list[int] = []
