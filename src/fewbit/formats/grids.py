@@ -14,7 +14,8 @@ the rest of this layer is about choosing the scale.
 
 Floats round to the nearest with ties to the even code, as the hardware's converters do, and saturate: a cast of our own never makes an
 infinity. (torch's plain cast saturates or overflows depending on the format and on the release, so values are clamped before it.)
-Integers round half to even. Codes of the small tables are the number of midpoints below the value: no [values x grid points] table of distances.
+Integers round half to even. Codes of the small tables are the number of midpoints below the value: no [values x grid points] table
+of distances.
 """
 
 from __future__ import annotations
@@ -218,8 +219,8 @@ def _middles(ascending: torch.Tensor) -> torch.Tensor:
 
 
 def _e2m1_boundaries() -> tuple[float, ...]:
-    """Above which magnitudes the E2M1 code goes up by one. A value on a boundary stays below it; where a tie has to go up (to the even code)
-    the boundary is the next float32 below the midpoint."""
+    """Above which magnitudes the E2M1 code goes up by one. A value on a boundary stays below it; where a tie has to go up (to the even
+    code) the boundary is the next float32 below the midpoint."""
     middle = _middles(torch.tensor(GRIDS["fp4_e2m1"].codes[:8]))
     tie_goes_up = torch.arange(7) % 2 == 1
     return tuple(torch.where(tie_goes_up, torch.nextafter(middle, torch.zeros(())), middle).tolist())
@@ -235,7 +236,7 @@ def _table(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
 
 
 def _count_below(x: torch.Tensor, boundaries: tuple[float, ...]) -> torch.Tensor:
-    """How many boundaries lie below each value, uint8. For 7 or 15 of them vectorized comparisons take a third of `torch.bucketize`'s time."""
+    """How many boundaries lie below each value, uint8. For 7 or 15 of them, comparing takes a third of `torch.bucketize`'s time."""
     count = torch.gt(x, boundaries[0]).to(torch.uint8)
     above = torch.empty_like(count, dtype=torch.bool)
     for boundary in boundaries[1:]:
