@@ -26,8 +26,9 @@ NOT_ASKED = PassedOverKernel("torch-int4pack", "not asked for: the variant pins 
 NO_NF4 = PassedOverKernel("torch-int4pack", "multiplies INT4 grids, the weight is NF4")
 NO_VNNI = PassedOverKernel("torch-int-mm", "quantizes the inputs too; this scheme keeps them in BF16")
 
-# name, label, scheme, weights, kv, kernel, fused, passed over, nominal bits, effective bits, ms per GB-like factor
-ROWS: list[tuple[str, str, str, str, str, str, bool, list[PassedOverKernel], float, float]] = [
+# name, label, scheme, weights, kv, kernel, fused, passed over, nominal bits, effective bits
+Row = tuple[str, str, str, str, str, str, bool, list[PassedOverKernel], float, float]
+ROWS: list[Row] = [
     ("bf16", "BF16", "BF16", "BF16", "BF16", "dense", True, [], 16.0, 16.0),
     ("int8-w8a16", "INT8 weights (W8A16)", "W8A16", "INT8 per channel, symmetric", "BF16", "torch-int8pack", True, [NO_VNNI], 8.0, 8.06),
     ("int4-w4a16", "INT4 g128 (W4A16)", "W4A16", "INT4 group 128, symmetric", "BF16", "torch-int4pack", True, [], 4.0, 4.125),
@@ -68,7 +69,7 @@ DECODE = {
 KV_FACTOR = {"kv-int8": 0.516, "kv-fp8": 0.516, "kv-int4": 0.313}
 
 
-def _memory(row: tuple, linear_bf16: int, rest: int, kv_token: int) -> MemoryResult:
+def _memory(row: Row, linear_bf16: int, rest: int, kv_token: int) -> MemoryResult:
     name, effective = row[0], row[9]
     linears = int(linear_bf16 * effective / 16)
     kv = kv_token * KV_FACTOR.get(name, 1.0)
@@ -92,7 +93,7 @@ def _memory(row: tuple, linear_bf16: int, rest: int, kv_token: int) -> MemoryRes
     )
 
 
-def _latency(row: tuple, memory: MemoryResult, scaled: bool) -> LatencyResult:
+def _latency(row: Row, memory: MemoryResult, scaled: bool) -> LatencyResult:
     name, fused = row[0], row[6]
     ms, bf16 = DECODE[name][scaled], DECODE["bf16"][scaled]
     traffic = memory.resident_weight_bytes + (0 if fused else 2 * memory.quantized_linear_bf16_bytes)
@@ -205,10 +206,11 @@ def example_results() -> CompareResults:
         conclusions=[
             "Deploy INT8 W8A16: perplexity rises by 0.04 %, and in the shapes of qwen2.5-1.5b it decodes 1.77\u00d7 as fast as BF16.",
             "Do not quantize this model for speed: its decode is overhead-bound, 69 % of a BF16 step is not spent in linears.",
-            "The kernel decides, not the bits: INT4 is 2.79\u00d7 as fast as BF16 on the fused kernel and 5.3\u00d7 slower unfused, with the same integers.",
+            "The kernel decides, not the bits: INT4 is 2.79\u00d7 as fast as BF16 on the fused kernel and "
+            "5.3\u00d7 slower unfused, with the same integers.",
             "INT4 g128 by rounding to nearest fails the 5 % threshold on this model (+6.90 %).",
         ],
-        warnings=["Another process used 31 % of a core while latency was measured: the tails (p95, p99) are wider than on an idle machine."],
+        warnings=["A process used 31 % of a core while latency was measured: the tails (p95, p99) are wider than on an idle machine."],
     )
 
 

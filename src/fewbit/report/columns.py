@@ -12,7 +12,19 @@ from typing import Any
 
 from fewbit.report.numbers import Kind, byte_unit, format_figure
 
-__all__ = ["COLUMNS", "GROUPS", "HEADLINE", "OPERATORS", "Column", "Section", "cell_text", "column_unit", "kernel_text", "lookup", "sections"]
+__all__ = [
+    "COLUMNS",
+    "GROUPS",
+    "HEADLINE",
+    "OPERATORS",
+    "Column",
+    "Section",
+    "cell_text",
+    "column_unit",
+    "kernel_text",
+    "lookup",
+    "sections",
+]
 
 Document = Mapping[str, Any]
 
@@ -61,7 +73,9 @@ _ALL = (
         "Effective bits per parameter of the whole model: what stays in BF16 (embeddings, norms, lm_head) counted.",
         "/param",
     ),
-    Column("weights", "Weights", "memory/resident_weight_bytes", "bytes", "Bytes of all parameters and packed weights that stay in memory."),
+    Column(
+        "weights", "Weights", "memory/resident_weight_bytes", "bytes", "Bytes of all parameters and packed weights that stay in memory."
+    ),
     Column(
         "linears",
         "Linears",
@@ -69,7 +83,9 @@ _ALL = (
         "bytes",
         "Of the weights, those of the quantized linears, scales and zero points included.",
     ),
-    Column("disk", "On disk", "memory/disk_bytes", "bytes", "Bytes of the checkpoint's weight files; not every format has a checkpoint layout."),
+    Column(
+        "disk", "On disk", "memory/disk_bytes", "bytes", "Bytes of the checkpoint's weight files; not every format has a checkpoint layout."
+    ),
     Column(
         "peak",
         "Peak RSS",
@@ -77,9 +93,19 @@ _ALL = (
         "bytes",
         "Highest resident memory of a fresh process that loads the variant, runs a prefill and a few decode steps.",
     ),
-    Column("kv", "KV cache", "memory/kv_bytes_per_token", "bytes", "Bytes that one more token in the cache costs, scales and zero points included."),
     Column(
-        "kv_constant", "KV const.", "memory/kv_constant_bytes", "bytes", "Bytes of cache per sequence that do not grow: the newest tokens, kept in BF16."
+        "kv",
+        "KV cache",
+        "memory/kv_bytes_per_token",
+        "bytes",
+        "Bytes that one more token in the cache costs, scales and zero points included.",
+    ),
+    Column(
+        "kv_constant",
+        "KV const.",
+        "memory/kv_constant_bytes",
+        "bytes",
+        "Bytes of cache per sequence that do not grow: the newest tokens, kept in BF16.",
     ),
     Column(
         "fits",
@@ -90,7 +116,14 @@ _ALL = (
         "that fit",
     ),
     Column("prefill", "Prefill", "latency/prefill_ms", "ms", "Time to read the prompt in one pass.", "ms"),
-    Column("prefill_speedup", "Prefill", "latency/prefill_speedup_over_bf16", "ratio", "Prefill time of BF16 over that of the variant.", "vs BF16"),
+    Column(
+        "prefill_speedup",
+        "Prefill",
+        "latency/prefill_speedup_over_bf16",
+        "ratio",
+        "Prefill time of BF16 over that of the variant.",
+        "vs BF16",
+    ),
     Column("p50", "Decode", "latency/decode_ms_p50", "ms", "Time of one decode step: one token, one sequence. Median.", "ms"),
     Column("p95", "p95", "latency/decode_ms_p95", "ms", "95th percentile of the decode steps.", "ms"),
     Column("p99", "p99", "latency/decode_ms_p99", "ms", "99th percentile of the decode steps; shown from 100 steps on.", "ms"),
@@ -106,7 +139,12 @@ _ALL = (
         True,
     ),
     Column(
-        "gb_s", "Weights", "latency/achieved_weight_gb_s", "gb_s", "Weight bytes read per decode step over its time (1 GB/s = 1e9 bytes per second).", "GB/s"
+        "gb_s",
+        "Weights",
+        "latency/achieved_weight_gb_s",
+        "gb_s",
+        "Weight bytes read per decode step over its time (1 GB/s = 1e9 bytes per second).",
+        "GB/s",
     ),
     Column(
         "bandwidth",
@@ -116,13 +154,21 @@ _ALL = (
         "Memory traffic of a step, an unfused kernel's copies included, as a share of the read bandwidth measured in this run.",
         "bandwidth",
     ),
-    Column("overhead", "Overhead", "latency/overhead_share", "share", "Time of the same step with every linear emptied, over the step.", "of step"),
+    Column(
+        "overhead",
+        "Overhead",
+        "latency/overhead_share",
+        "share",
+        "Time of the same step with every linear emptied, over the step.",
+        "of step",
+    ),
     Column(
         "bound",
         "Decode",
         "latency/bound",
         "text",
-        "What limits a decode step: overhead when that is half of the step or more, else bandwidth when half of the machine's is used, else compute.",
+        "What limits a decode step: overhead when that is half of the step or more, "
+        "else bandwidth when half of the machine's is used, else compute.",
         "bound by",
     ),
     Column("prefill_bound", "Prefill", "latency/prefill_bound", "text", "What limits the prefill, named from its own shares.", "bound by"),
@@ -145,9 +191,17 @@ _ALL = (
         True,
     ),
     Column(
-        "kl", "KL div.", "quality/kl_divergence_nats", "nats", "Mean Kullback-Leibler divergence KL(BF16 || variant) per token.", "nats", True
+        "kl",
+        "KL div.",
+        "quality/kl_divergence_nats",
+        "nats",
+        "Mean Kullback-Leibler divergence KL(BF16 || variant) per token.",
+        "nats",
+        True,
     ),
-    Column("flips", "Flips", "quality/flip_share", "share", "Share of positions whose most likely token is another than BF16's.", "top-1", True),
+    Column(
+        "flips", "Flips", "quality/flip_share", "share", "Share of positions whose most likely token is another than BF16's.", "top-1", True
+    ),
     Column("verdict", "Verdict", "quality/passed", "verdict", "pass when the change of perplexity is within the threshold, else fail."),
     Column("kernel", "Kernel", "kernels", "text", "The kernel that ran; fused: no dequantized copy of the weight is written to memory."),
 )
@@ -158,7 +212,21 @@ HEADLINE: Sequence[str] = ("bits", "weights", "kv", "p50", "speedup", "bound", "
 
 GROUPS: Mapping[str, Sequence[str]] = {
     "Memory": ("bits", "bits_all", "weights", "linears", "disk", "peak", "kv", "kv_constant", "fits"),
-    "Latency": ("prefill", "p50", "p95", "p99", "n", "generate", "speedup", "prefill_speedup", "gb_s", "bandwidth", "overhead", "bound", "prefill_bound"),
+    "Latency": (
+        "prefill",
+        "p50",
+        "p95",
+        "p99",
+        "n",
+        "generate",
+        "speedup",
+        "prefill_speedup",
+        "gb_s",
+        "bandwidth",
+        "overhead",
+        "bound",
+        "prefill_bound",
+    ),
     "Quality": ("perplexity", "delta", "kl", "flips", "verdict"),
 }
 """Every column, by what it measures."""

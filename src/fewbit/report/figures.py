@@ -4,8 +4,8 @@
 2. `memory-latency`: what the saved bytes buy in time.
 3. `quality-bits`: what they cost in quality.
 
-Speed is taken from the shapes section when the run has one, because a small model is bound by overhead. KV-cache rows keep BF16 weights, so they
-are left out of figures 2 and 3, whose axes are about weights; they stand in the tables.
+Speed is taken from the shapes section when the run has one, because a small model is bound by overhead. KV-cache rows keep BF16 weights,
+so they are left out of figures 2 and 3, whose axes are about weights; they stand in the tables.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fewbit.results import CompareResults
 __all__ = ["FIGURES", "RenderedFigure", "render_figures", "write_figures"]
 
 Variant = Mapping[str, Any]
-_WIDTH, _HEIGHT = 5.6, 3.5  # inches
+_WIDTH, _HEIGHT = 4.8, 3.2  # inches; small, so that the text is still large enough on a phone
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def _draw_kernel_decides(figure: Figure, document: Mapping[str, Any]) -> str:
         axes.barh(y, speed["value"], height=0.5, color=_colour(variant))
         axes.plot([speed["low"], speed["high"]], [y, y], color=INK, linewidth=1.2, solid_capstyle="butt")
         text = format_figure(speed["value"], "ratio")
-        axes.annotate(text, (max(speed["value"], speed["high"]), y), (5, 0), textcoords="offset points", va="center", color=INK, fontweight="bold")
+        axes.annotate(
+            text, (max(speed["value"], speed["high"]), y), (5, 0), textcoords="offset points", va="center", color=INK, fontweight="bold"
+        )
     top = len(rows) - 0.5
     axes.plot([1.0, 1.0], [-0.6, top], color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate("BF16", (1.0, top), ha="center", va="bottom", color=MUTED)
@@ -168,7 +170,7 @@ def _scatter(figure: Figure, axes: Axes, rows: Sequence[Variant], points: Sequen
     for variant, (x, y) in zip(rows, points, strict=True):
         marker = "o" if _is_baseline(variant) or _fused(variant) else "s"
         axes.plot([x], [y], marker, color=_colour(variant), markersize=6.5, markeredgewidth=0)
-    place_labels(figure, axes, points, [variant["variant"]["label"] for variant in rows], INK, MUTED)
+    place_labels(figure, axes, points, [variant["variant"]["label"] for variant in rows], colour=INK, leader_colour=MUTED)
 
 
 def _draw_quality_bits(figure: Figure, document: Mapping[str, Any]) -> str:
@@ -180,20 +182,25 @@ def _draw_quality_bits(figure: Figure, document: Mapping[str, Any]) -> str:
     rows = _same_values_once(rows)
     axes = figure.subplots()
     deltas = [variant["quality"]["perplexity_delta_percent"] for variant in rows]
-    points = [(variant["memory"]["effective_bits_per_weight"] or variant["variant"]["bits_nominal"], d["value"]) for variant, d in zip(rows, deltas, strict=True)]
+    points = [
+        (variant["memory"]["effective_bits_per_weight"] or variant["variant"]["bits_nominal"], d["value"])
+        for variant, d in zip(rows, deltas, strict=True)
+    ]
     threshold = rows[0]["quality"]["threshold_percent"]
     highest = max(threshold, *(delta["high"] for delta in deltas))
     axes.set_xlim(0, 18.5)
     axes.set_xticks([0, 2, 4, 8, 12, 16])
     if highest > 8 * max(threshold, 1.0):
         axes.set_yscale("symlog", linthresh=max(threshold, 1.0), linscale=1.0)
-        axes.set_ylim(-max(threshold, 1.0) * 0.4, highest * 2.5)
+        axes.set_ylim(-max(threshold, 1.0) * 0.6, highest * 2.5)
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_ylim(min(-0.06 * highest, *(delta["low"] for delta in deltas)), highest * 1.18)
+        axes.set_ylim(min(-0.1 * highest, *(delta["low"] for delta in deltas)), highest * 1.18)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+,g}" if value else "0"))
     axes.axhline(threshold, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(f"threshold {format_figure(threshold, 'percent')}", (18.5, threshold), (0, 3), textcoords="offset points", ha="right", color=BAD)
+    axes.annotate(
+        f"threshold {format_figure(threshold, 'percent')}", (18.5, threshold), (0, 3), textcoords="offset points", ha="right", color=BAD
+    )
     axes.axhline(0, color=MUTED, linewidth=0.6)
     for (x, _), delta in zip(points, deltas, strict=True):
         axes.plot([x, x], [delta["low"], delta["high"]], color=INK, linewidth=1)
@@ -202,7 +209,9 @@ def _draw_quality_bits(figure: Figure, document: Mapping[str, Any]) -> str:
     axes.grid(axis="y")
     for variant, (x, y) in zip(rows, points, strict=True):
         axes.plot([x], [y], "o" if variant["quality"]["passed"] else "X", color=_quality_colour(variant), markersize=6.5, markeredgewidth=0)
-    place_labels(figure, axes, points, [_short_label(variant, rows) for variant in rows], INK, MUTED)
+    place_labels(
+        figure, axes, points, [_short_label(variant, rows) for variant in rows], colour=INK, leader_colour=MUTED, lines=(0.0, threshold)
+    )
     return f"Measured on {section.model['source']}, 95 % intervals; a cross fails the threshold."
 
 
@@ -229,19 +238,21 @@ def _short_label(variant: Variant, rows: Sequence[Variant]) -> str:
 FIGURES: Mapping[str, tuple[str, str, Callable[[Figure, Mapping[str, Any]], str]]] = {
     "kernel-decides": (
         "Same bits, opposite speed: the kernel decides",
-        "Decode speed-up over BF16 of the variants with equal bits. A fused kernel (green) reads the few bits and multiplies; an unfused one (orange) "
-        "writes a BF16 copy first, so the saved bytes are read and written again.",
+        "Decode speed-up over BF16 of the variants with equal bits. A fused kernel (green) reads the few bits and multiplies; "
+        "an unfused one (orange) writes a BF16 copy first, so the saved bytes are read and written again.",
         _draw_kernel_decides,
     ),
     "memory-latency": (
         "Memory against latency",
-        "Weights in memory against the median decode step; lower left is better. Green circles ran a fused kernel, orange squares an unfused one, grey is BF16. "
+        "Weights in memory against the median decode step; lower left is better. "
+        "Green circles ran a fused kernel, orange squares an unfused one, grey is BF16. "
         "KV-cache variants keep BF16 weights and stand in the tables.",
         _draw_memory_latency,
     ),
     "quality-bits": (
         "Quality against bits per weight",
-        "Change of perplexity against BF16 over the effective bits per weight; lower is better. KV-cache variants keep BF16 weights and stand in the tables.",
+        "Change of perplexity against BF16 over the effective bits per weight; lower is better. "
+        "KV-cache variants keep BF16 weights and stand in the tables.",
         _draw_quality_bits,
     ),
 }

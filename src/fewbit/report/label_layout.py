@@ -1,7 +1,8 @@
 """Labels beside points that overlap neither each other nor the points.
 
-Exact label placement is NP-hard (Marks and Shieber 1991); for a dozen points a greedy choice is enough: each label, crowded points first, takes the
-first free place of a fixed list that goes round the point at growing distance. A label that ends up away from its point gets a leader line.
+Exact label placement is NP-hard (Marks and Shieber 1991); for a dozen points a greedy choice is enough: each label, crowded points first,
+takes the first free place of a fixed list that goes round the point at growing distance. A label that ends up away from its point gets a
+leader line.
 """
 
 from __future__ import annotations
@@ -22,16 +23,30 @@ _LEADER_FROM = 15.0
 
 
 def place_labels(
-    figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str], colour: str, leader_colour: str
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    labels: Sequence[str],
+    *,
+    colour: str,
+    leader_colour: str,
+    lines: Sequence[float] = (),
 ) -> None:
-    """Annotate `points` (data coordinates) with `labels`; call it last, when limits and other artists are set."""
+    """Annotate `points` (data coordinates) with `labels`; call it last, when limits and other artists are set.
+
+    Args:
+        lines: heights (data coordinates) of horizontal lines to stay clear of.
+    """
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # settles the layout: only now is it known where a point lies on the canvas
+    canvas.draw()  # type: ignore[no-untyped-call]  # settles the layout: only now is it known where a point lies on the canvas
     scale = figure.dpi / 72
     inside = axes.get_window_extent()
     spots = [tuple(axes.transData.transform(point)) for point in points]
     taken = [Bbox.from_extents(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in spots]
     taken += [text.get_window_extent() for text in axes.texts]
+    for height in lines:
+        y = axes.transData.transform((0, height))[1]
+        taken.append(Bbox.from_extents(inside.x0, y - scale, inside.x1, y + scale))
     crowding = [sum(math.dist(spot, other) < 60 * scale for other in spots) for spot in spots]
     for index in sorted(range(len(points)), key=lambda i: (-crowding[i], spots[i])):
         probe = figure.text(0, 0, labels[index])
@@ -41,7 +56,9 @@ def place_labels(
         taken.append(box)
         x, y = spots[index]
         anchor_x, anchor_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-        leader = {"arrowstyle": "-", "color": leader_colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4} if distance >= _LEADER_FROM else None
+        leader = (
+            {"arrowstyle": "-", "color": leader_colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4} if distance >= _LEADER_FROM else None
+        )
         axes.annotate(
             labels[index],
             points[index],
@@ -54,9 +71,7 @@ def place_labels(
         )
 
 
-def _free_place(
-    spot: Sequence[float], size: tuple[float, float], inside: Bbox, taken: Sequence[Bbox], scale: float
-) -> tuple[Bbox, float]:
+def _free_place(spot: Sequence[float], size: tuple[float, float], inside: Bbox, taken: Sequence[Bbox], scale: float) -> tuple[Bbox, float]:
     """The first place free of `taken` and inside the axes; else the one that overlaps least."""
     best: tuple[float, Bbox, float] | None = None
     for distance in _DISTANCES:

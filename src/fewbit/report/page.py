@@ -1,8 +1,9 @@
 """report.html: one file that opens from disk, without a network, without a script.
 
-The page is made from the document of results.json by JSON pointers, so every measured number in it is a `<data>` element that says where in the
-file it stands (`data-pointer`), as what it is shown (`data-kind`) and with its full value (`value`); the document itself is embedded, and a
-test compares the three. Layout and tables are a Jinja template with autoescaping; the content security policy forbids every request.
+The page is made from the document of results.json by JSON pointers, so every measured number in it is a `<data>` element that says where
+in the file it stands (`data-pointer`), as what it is shown (`data-kind`) and with its full value (`value`); the document itself is
+embedded, and a test compares the three. Layout and tables are a Jinja template with autoescaping; the content security policy forbids
+every request.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from fewbit.report import columns
 from fewbit.report.columns import COLUMNS, GROUPS, HEADLINE, OPERATORS, Column, Section, cell_text, column_unit, lookup, sections
 from fewbit.report.figures import RenderedFigure, render_figures
 from fewbit.report.files import write_text
@@ -63,6 +63,7 @@ def render_page(results: CompareResults, figures: Sequence[RenderedFigure] | Non
         passed_over=_passed_over(document),
         definitions=[(" ".join(_words(column)), column.meaning) for column in COLUMNS.values()],
         counters=_counters(document),
+        threshold=next((f"/variants/{i}/quality/threshold_percent" for i, v in enumerate(document["variants"]) if v["quality"]), ""),
     )
 
 
@@ -181,7 +182,7 @@ class _SectionView:
 def _passed_over(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One entry per row, with its kernels and the faster ones that did not run; rows that agree are joined."""
     entries: dict[str, dict[str, Any]] = {}
-    for section in columns.sections(document):
+    for section in sections(document):
         for variant in section.variants:
             key = json.dumps([[use["kernel"], use["fused"], use["passed_over"]] for use in variant["kernels"]])
             entry = entries.setdefault(key, {"labels": [], "kernels": variant["kernels"]})
@@ -191,9 +192,9 @@ def _passed_over(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _counters(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Hardware counters of the rows that have any, as pointers; a note once where there are none."""
+    """Hardware counters of the rows that have any."""
     rows = []
-    for section in columns.sections(document):
+    for section in sections(document):
         for index, variant in enumerate(section.variants):
             counted = lookup(variant, "latency/counters")
             if counted and counted["values"]:

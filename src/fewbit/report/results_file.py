@@ -1,9 +1,10 @@
 """results.json and results.csv: what `fewbit compare` leaves behind, and what everything else in this layer is built from.
 
-`results.json` is the whole of it, in the order of the fields in `results.py`; its JSON Schema is generated from these fields and kept beside
-this file (`python -m fewbit.report.results_file` writes it anew). JSON has no NaN and no infinity: a figure that is not finite is refused when
-it is written, by name, rather than found by whoever reads it. `results.csv` is the same flat: one row per variant, one column per field,
-the columns named by their path (`memory.disk_bytes`, `quality.perplexity.low`), the variants of the shapes section below those of the model.
+`results.json` is the whole of it, in the order of the fields in `results.py`; its JSON Schema is generated from these fields and kept
+beside this file (`python -m fewbit.report.results_file` writes it anew). JSON has no NaN and no infinity: a figure that is not finite is
+refused when it is written, by name, rather than found by whoever reads it. `results.csv` is the same flat: one row per variant, one
+column per field, the columns named by their path (`memory.disk_bytes`, `quality.perplexity.low`), the variants of the shapes section
+below those of the model.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ def _parse(text: str, file: Path) -> CompareResults:
     version = document["schema_version"]
     if version > SCHEMA_VERSION:
         raise MeasurementError(
-            f"{file} has schema_version {version}, this fewbit reads up to {SCHEMA_VERSION}", "update fewbit to read it: pip install -U fewbit"
+            f"{file} has schema_version {version}, this fewbit reads up to {SCHEMA_VERSION}",
+            "update fewbit to read it: pip install -U fewbit",
         )
     try:
         return _ADAPTER.validate_json(text, strict=True)

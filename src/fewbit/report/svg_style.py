@@ -1,9 +1,9 @@
 """Figures that follow the reader's light or dark mode.
 
-matplotlib draws fixed colours. Here it draws sentinel colours instead, one for each role (`INK`, `FUSED`, ...), and `finish_svg` replaces each by
-a CSS variable, `var(--fb-ink)`. A style sheet inside the figure gives the variables a value for light and for dark, so that the file reads well
-on its own and, inlined into a page, follows the page. Text stays text (`svg.fonttype: none`): it can be selected and read aloud, and it takes
-the system's font. Output is deterministic: no date, a fixed salt for the identifiers.
+matplotlib draws fixed colours. Here it draws sentinel colours instead, one for each role (`INK`, `FUSED`, ...), and `finish_svg` replaces
+each by a CSS variable, `var(--fb-ink)`. A style sheet inside the figure gives the variables a value for light and for dark, so that the
+file reads well on its own and, inlined into a page, follows the page. Text stays text (`svg.fonttype: none`): it can be selected and read
+aloud, and it takes the system's font. Output is deterministic: no date, a fixed salt for the identifiers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-__all__ = ["BAD", "FUSED", "GRID", "INK", "MUTED", "NEUTRAL", "PAPER", "PALETTE_CSS", "UNFUSED", "drawing", "finish_svg"]
+__all__ = ["BAD", "FUSED", "GRID", "INK", "MUTED", "NEUTRAL", "PALETTE_CSS", "PAPER", "UNFUSED", "drawing", "finish_svg"]
 
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
 NEUTRAL, FUSED, UNFUSED, BAD = "#010207", "#010208", "#010209", "#01020a"
@@ -56,11 +57,14 @@ PALETTE_CSS = f":root{{{_variables(_LIGHT)}}}@media (prefers-color-scheme:dark){
 @contextmanager
 def drawing() -> Iterator[None]:
     """matplotlib's settings while a figure is drawn and saved."""
-    settings: dict[str, object] = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "fewbit",
         "font.family": ["DejaVu Sans"],  # measured with, wider than the system fonts that a reader has: nothing overlaps there
-        "font.size": 9,
+        "font.size": 9.5,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
         "text.color": INK,
         "axes.edgecolor": MUTED,
         "axes.labelcolor": MUTED,

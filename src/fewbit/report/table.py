@@ -168,6 +168,9 @@ def _print_notes(document: Mapping[str, Any], console: Console) -> None:
             f"Quality: {protocol['corpus']}, protocol {protocol['name']} (context {protocol['context_length']}, stride {protocol['stride']}), "
             f"{format_figure(protocol['scored_tokens'], 'count')} tokens; changes are paired, with 95 % intervals."
         )
+    threshold = next((variant["quality"]["threshold_percent"] for variant in document["variants"] if variant["quality"]), None)
+    if threshold is not None:
+        lines.append(f"Pass: perplexity changes by at most {format_figure(threshold, 'percent')}.")
     if noise:
         lines.append(
             f"Noise floor, BF16 against itself: perplexity {format_figure(noise['perplexity_delta_percent'], 'percent')}, KL "
@@ -188,7 +191,9 @@ def _print_passed_over(document: Mapping[str, Any], console: Console) -> None:
                     labels = rows.setdefault((passed["kernel"], passed["reason"]), [])
                     if variant["variant"]["label"] not in labels:
                         labels.append(variant["variant"]["label"])
-    _print_list("Faster kernels that did not run", [f"{', '.join(v)}: {kernel}: {why}" for (kernel, why), v in rows.items()], console, "bold")
+    _print_list(
+        "Faster kernels that did not run", [f"{', '.join(v)}: {kernel}: {why}" for (kernel, why), v in rows.items()], console, "bold"
+    )
 
 
 def _print_list(title: str, items: Sequence[str], console: Console, style: str) -> None:
