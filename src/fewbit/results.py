@@ -31,6 +31,7 @@ __all__ = [
     "PassedOverKernel",
     "ProtocolInfo",
     "QualityResult",
+    "QuantizeResult",
     "ShapesResult",
     "VariantInfo",
     "VariantResult",
@@ -369,3 +370,39 @@ class BenchResults:
     rows: list[VariantResult]
     note: str = ""
     schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class QuantizeResult:
+    """What `fewbit quantize` wrote.
+
+    Attributes:
+        out: the checkpoint's directory.
+        layout, layout_format: for example `compressed-tensors` and `pack-quantized`.
+        ignored_linears: linears that stay in high precision.
+        kept_tensors: source tensors that were copied as they are.
+        source_bytes, checkpoint_bytes: bytes of all tensors before and after.
+        effective_bits_per_weight: over the quantized linears, scales and zero points counted.
+        effective_bits_per_parameter: over the whole model, what stays in high precision counted.
+    """
+
+    model: str
+    out: str
+    scheme: str
+    weights: str
+    input_activations: str
+    method: str
+    observer: str
+    layout: str
+    layout_format: str
+    quantized_linears: int
+    ignored_linears: list[str]
+    kept_tensors: int
+    parameters: int
+    quantized_parameters: int
+    source_bytes: int
+    checkpoint_bytes: int
+    effective_bits_per_weight: float
+    effective_bits_per_parameter: float
+    duration_s: float
+    source_sha256: str | None = None

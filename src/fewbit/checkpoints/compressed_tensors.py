@@ -15,7 +15,8 @@ A linear `P` of [out, in] with groups of g columns becomes, by the `format` that
                             [out, in/32]
 
 Packed integers are stored unsigned, q + 2**(b-1), as one dense stream of bits per row, lowest bit first: eight INT4 in an int32, and a
-3-bit value may straddle two of them. Zero points are packed likewise but along `out`. Two FP4 codes share a byte, the first in the low half.
+3-bit value may straddle two of them. Zero points are packed likewise but along `out`. Two FP4 codes share a byte, the first in the low
+half.
 
 Which bits go where is the library's business: configuration classes, the choice of `format` and integer packing are its own code, so that
 what is written here is what its other users read. FP4 is packed here: the library's function packs floats, and ours are codes already.
@@ -30,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from compressed_tensors import __version__ as library_version
@@ -261,7 +262,7 @@ class CompressedTensorsReader:
             kv_keys=_spec(cache, "bfloat16") if cache else None,
             kv_values=_spec(cache, "bfloat16") if cache else None,
         )
-        presets = (preset.name for preset in SCHEMES.values() if replace(preset, name="") == scheme)
+        presets = (preset.name for preset in SCHEMES.values() if _same_but_scales(preset, scheme))
         return replace(scheme, name=next(presets, _systematic_name(scheme)))
 
     def read(self, prefix: str) -> QuantizedTensor:
@@ -285,7 +286,7 @@ class CompressedTensorsReader:
         if self._format == "pack-quantized":
             out, columns = self._tensor(prefix, "weight_shape", torch.int64, (2,)).tolist()
             packed = self._tensor(prefix, "weight_packed", torch.int32, (out, _words(columns, spec.num_bits)))
-            return unpack_from_int32(packed, spec.num_bits, torch.Size((out, columns))).contiguous()
+            return _unpacked(packed, spec.num_bits, out, columns, dim=1)
         if self._format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
             packed = self._tensor(prefix, "weight_packed", torch.uint8)
             return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)
@@ -298,7 +299,7 @@ class CompressedTensorsReader:
         if self._format != "pack-quantized":
             return self._tensor(prefix, "weight_zero_point", torch.int8, (rows, groups))
         packed = self._tensor(prefix, "weight_zero_point", torch.int32, (_words(rows, spec.num_bits), groups))
-        return unpack_from_int32(packed, spec.num_bits, torch.Size((rows, groups)), packed_dim=0).contiguous()
+        return _unpacked(packed, spec.num_bits, rows, groups, dim=0)
 
     def _global_scale(self, prefix: str, spec: QuantSpec) -> torch.Tensor | None:
         if not spec.global_scale:
@@ -316,6 +317,12 @@ class CompressedTensorsReader:
             expected = f"{list(shape)} in {dtype}" if shape is not None else f"a matrix in {dtype}"
             raise CheckpointError(f"'{name}' in '{self.directory}' is {list(found)} in {has}, not {expected}", _REWRITE)
         return self.files.get(name)
+
+
+def _unpacked(packed: torch.Tensor, num_bits: int, rows: int, columns: int, dim: Literal[0, 1]) -> torch.Tensor:
+    """int8 [rows, columns] of the words that were packed along `dim`."""
+    values: torch.Tensor = unpack_from_int32(packed, num_bits, torch.Size((rows, columns)), packed_dim=dim)
+    return values.contiguous()
 
 
 def _words(count: int, num_bits: int) -> int:
@@ -377,6 +384,13 @@ def _spec(args: QuantizationArgs, scale_dtype: ScaleDtype) -> QuantSpec:
         exponent_bits=exponent_bits,
         global_scale=args.strategy == "tensor_group",
     )
+
+
+def _same_but_scales(preset: Scheme, scheme: Scheme) -> bool:
+    """Whether a scheme is the preset, whatever dtype the stored scales of its weights have."""
+    if preset.weights is None or scheme.weights is None:
+        return False
+    return replace(preset, name="", weights=replace(preset.weights, scale_dtype=scheme.weights.scale_dtype)) == scheme
 
 
 def _systematic_name(scheme: Scheme) -> str:

@@ -203,7 +203,7 @@ class ShardWriter:
         if len(self._shards) == 1:
             self._unnumbered(1).rename(self._directory / SINGLE_FILE_NAME)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(self._shards, start=1):
             final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             self._unnumbered(number).rename(self._directory / final)

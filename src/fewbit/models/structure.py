@@ -39,7 +39,7 @@ def build_empty_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.bf
             f"transformers cannot build a causal language model of type '{config.model_type}': {reason}",
             "check config.json, or upgrade transformers if the architecture is newer than it",
         ) from error
-    model.eval()
+    model.train(False)
     return model
 
 
