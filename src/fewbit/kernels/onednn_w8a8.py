@@ -26,6 +26,7 @@ from fewbit.kernels.torch_ops import missing_ops
 __all__ = ["OneDnnW8A8"]
 
 _ZERO_POINT = 128
+_SATURATED = torch.finfo(torch.float32).max  # the scale of a token with an infinite input: its codes say nothing, the result is NaN
 
 
 class OneDnnW8A8(Kernel):
@@ -73,5 +74,5 @@ class OneDnnW8A8(Kernel):
             unsigned, 1.0, _ZERO_POINT, packed["values"], packed["scale"], packed["zero_point"], None,
             1.0, 0, torch.float32, "none", [], "",
         )  # [M, out], the channel's scale applied  # fmt: skip
-        y = sums.mul_(scale.float())
+        y = sums.mul_(scale.masked_fill(scale == _SATURATED, float("nan")))
         return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], request.out_features)

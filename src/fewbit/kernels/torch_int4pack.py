@@ -64,7 +64,8 @@ class TorchInt4Pack(Kernel):
         if request.out_features % _OUT_MULTIPLE:
             return f"needs out_features divisible by {_OUT_MULTIPLE}, not {request.out_features}"
         if _group_size(request) is None:
-            return f"needs in_features divisible by a group of 32 to 256, not {request.in_features}"
+            size = request.weights.group_size if request.weights is not None else None
+            return f"needs in_features divisible by the group size, {size or min(_GROUP_SIZES)}, not {request.in_features}"
         return missing_ops(_OPS)
 
     def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["missing_ops"]
+__all__ = ["aligned", "missing_ops"]
+
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` contiguous and beginning on a cache line; a copy only when it is not so already (a slice, a view into a mapped file)."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def missing_ops(names: Iterable[str], namespace: str = "aten") -> str | None:

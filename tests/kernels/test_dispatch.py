@@ -1,0 +1,115 @@
+"""Which kernel is chosen, and what the dispatcher says about the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewbit.errors import KernelError, UsageError
+from fewbit.formats.spec import SCHEMES
+from fewbit.formats.tensor import QuantizedTensor
+from fewbit.kernels import dispatch
+from fewbit.kernels.base import Kernel, KernelRequest
+from fewbit.kernels.dispatch import KERNELS, select
+from fewbit.kernels.environment import cpu_flags, cpu_name, memory_bytes
+
+
+def request_for(scheme: str, shape: tuple[int, int] = (64, 256), **fields) -> KernelRequest:
+    return KernelRequest(SCHEMES[scheme].weights, SCHEMES[scheme].input_activations, *shape, **fields)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [
+        ("BF16", "dense"),
+        ("W8A16", "torch-int8pack"),
+        ("W4A16", "torch-int4pack"),
+        ("W4A16-CHANNEL", "torch-int4pack"),
+        ("W8A8", "onednn-w8a8"),
+    ]
+    + [(name, "reference") for name in ("W8A16-G128", "W3A16", "W2A16-ASYM", "NF4", "MXFP4", "NVFP4", "FP8A16", "FP8", "FP8-BLOCK")],
+)
+def test_the_fastest_that_can(scheme, kernel):
+    selection = select(request_for(scheme))
+    assert selection.kernel.name == kernel
+    higher = {k.name for k in KERNELS if k.priority > selection.kernel.priority}
+    assert {entry.kernel for entry in selection.passed_over} == higher
+    assert all(entry.reason for entry in selection.passed_over)
+
+
+@pytest.mark.parametrize("scheme", [scheme.name for scheme in SCHEMES.values()])
+def test_every_preset_runs_somewhere(scheme):
+    assert select(request_for(scheme, (24, 256))).kernel
+
+
+def test_names_are_unique_and_described():
+    assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
+    assert all(kernel.description for kernel in KERNELS)
+    assert dispatch.UNFUSED not in {kernel.name for kernel in KERNELS}
+
+
+def test_unfused_is_asked_for_not_fallen_back_to():
+    for strict in (False, True):
+        selection = select(request_for("W4A16"), prefer="unfused", strict=strict)
+        assert selection.kernel.name == "reference" and not selection.kernel.fused
+        reasons = {entry.kernel: entry.reason for entry in selection.passed_over}
+        assert reasons["torch-int4pack"] == "not asked for: the variant pins unfused"
+
+
+def test_prefer_by_name():
+    assert select(request_for("W8A16"), prefer="reference").kernel.name == "reference"
+    assert select(request_for("W8A16"), prefer="torch-int8pack").kernel.name == "torch-int8pack"
+    with pytest.raises(KernelError, match=r"torch-int4pack: runs INT4 weights; this one is NF4"):
+        select(request_for("NF4"), prefer="torch-int4pack")
+    with pytest.raises(UsageError, match=r"unknown kernel 'marlin'.*torch-int4pack"):
+        select(request_for("NF4"), prefer="marlin")
+
+
+def test_strict_refuses_a_fallback_with_the_reason():
+    ragged = request_for("W4A16", (40, 256))
+    assert select(ragged).kernel.name == "reference"
+    with pytest.raises(KernelError, match=r"unfused kernel 'reference'.*torch-int4pack: needs out_features divisible by 16, not 40"):
+        select(ragged, strict=True)
+
+
+def test_strict_accepts_a_format_that_has_no_fused_kernel():
+    assert select(request_for("NF4"), strict=True).kernel.name == "reference"
+
+
+def test_nothing_runs():
+    with pytest.raises(KernelError, match="int64"):
+        select(request_for("W4A16", dtype=torch.int64))
+
+
+class FasterKernel(Kernel):
+    """A kernel of a later issue."""
+
+    name = "faster"
+    description = "a test's"
+    fused = True
+    priority = 99
+
+    def refuse_format(self, request):
+        return None
+
+    def refuse_here(self, request):
+        return "needs AVX-1024, which this processor lacks" if request.out_features > 64 else None
+
+    def pack(self, weight: QuantizedTensor | torch.Tensor, request):
+        return {}
+
+    def apply(self, x, packed, bias, request):
+        return x
+
+
+def test_a_new_kernel_needs_one_line(monkeypatch):
+    monkeypatch.setattr(dispatch, "KERNELS", (*KERNELS, FasterKernel()))
+    assert select(request_for("W4A16")).kernel.name == "faster"
+    wide = select(request_for("W4A16", (128, 256)))
+    assert wide.kernel.name == "torch-int4pack"
+    assert [(entry.kernel, entry.reason) for entry in wide.passed_over] == [("faster", "needs AVX-1024, which this processor lacks")]
+
+
+def test_environment():
+    assert cpu_name() and memory_bytes() > 2**28
+    assert all(flag == flag.strip() and flag for flag in cpu_flags())

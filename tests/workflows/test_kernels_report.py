@@ -1,0 +1,42 @@
+"""`fewbit kernels`: the report and its terminal page."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from fewbit.errors import UsageError
+from fewbit.formats.spec import SCHEMES
+from fewbit.kernels.dispatch import KERNELS
+from fewbit.report.kernel_tables import render_kernels
+from fewbit.workflows.kernels import KernelsReport, list_kernels
+
+
+def text_of(report: KernelsReport, width: int = 120) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render_kernels(report))
+    return console.export_text()
+
+
+def test_every_scheme_and_kernel_is_listed():
+    report = list_kernels()
+    assert [row.scheme for row in report.schemes] == [scheme.name for scheme in SCHEMES.values() if scheme.weights]
+    assert [kernel.name for kernel in report.kernels] == [kernel.name for kernel in KERNELS]
+    for row in report.schemes:
+        assert {entry.kernel for entry in row.refused} | {row.kernel} == {kernel.name for kernel in KERNELS}
+    adapter = TypeAdapter(KernelsReport)
+    assert adapter.validate_json(adapter.dump_json(report)) == report
+
+
+def test_the_reason_for_a_slow_path_is_shown_with_its_number():
+    text = " ".join(text_of(list_kernels((40, 256)), 160).split())
+    assert "torch-int4pack: needs out_features divisible by 16, not 40" in text
+    assert "no fused kernel for this format yet" in text
+
+
+def test_shape_must_be_positive():
+    with pytest.raises(UsageError, match="0x4096"):
+        list_kernels((0, 4096))
