@@ -140,7 +140,7 @@ def test_tensors_and_configuration_are_those_of_llm_compressor(name: str) -> Non
     assert scheme.weights is not None
     if name == "FP8-BLOCK":  # llm-compressor stores BF16 scales and quantizes activations in groups of 128; both are allowed
         scheme = replace(scheme, weights=replace(scheme.weights, scale_dtype="bfloat16"))
-    ours = {}
+    ours: dict[str, dict[str, object]] = {}
     for prefix, shape in {"model.layers.0.self_attn.k_proj": (128, 256), "model.layers.0.mlp.down_proj": (256, 768)}.items():
         assert scheme.weights is not None
         tensors = write_linear(prefix, rtn(weight(*shape), scheme.weights), scheme)
