@@ -128,13 +128,14 @@ def measure_latency(
     decode = _measure_decode(theirs, ours, settings)
     prefills = _measure_prefill(theirs, ours, settings)
     p50, prefill_ms = median(decode.times), median(prefills.times)
-    overhead_ms = median(ours.emptied_decode(_affordable(p50, 5)))
+    raw_ms = ours.raw_step()  # what a step takes here and now; `p50` may be scaled to layers that are not there
+    overhead_ms = median(ours.emptied_decode(_affordable(raw_ms, 5)))
     prefill_overhead_ms = ours.emptied_prefill(settings.prompt_tokens)
     step = step_cost(variant, scale, tokens=1, context=settings.context_tokens)
     prompt = step_cost(variant, scale, tokens=settings.prompt_tokens, context=0)
     shares = _Shares.of(step, p50, overhead_ms, machine)
     prefill_shares = _Shares.of(prompt, prefill_ms, prefill_overhead_ms, machine)
-    operators = measure_operators(variant.model, ours.raw_step, steps=_affordable(p50, 10), scale=scale, device=ours.device)
+    operators = measure_operators(variant.model, ours.raw_step, steps=_affordable(raw_ms, 10), scale=scale, device=ours.device)
     return LatencyResult(
         prefill_tokens=settings.prompt_tokens,
         prefill_ms=prefill_ms,
@@ -144,7 +145,7 @@ def measure_latency(
         decode_ms_p50=p50,
         decode_ms_p95=percentile(decode.times, 95),
         decode_ms_p99=percentile(decode.times, 99) if len(decode.times) >= MIN_SAMPLES_FOR_P99 else None,
-        generate_32_ms=_generation_ms(variant, settings, scale, p50),
+        generate_32_ms=_generation_ms(variant, settings, scale, raw_ms),
         generate_prompt_tokens=settings.generate_prompt_tokens,
         speedup_over_bf16=symmetric_interval(decode.ratios) if is_baseline else median_interval(decode.ratios),
         prefill_speedup_over_bf16=1.0 if is_baseline else median(prefills.ratios),
@@ -161,7 +162,7 @@ def measure_latency(
         prefill_bound=prefill_shares.bound,
         operators=operators,
         scaled=scale.is_scaled,
-        counters=measure_counters(ours.raw_step, steps=_affordable(p50, 20), device=ours.device) if settings.counters else None,
+        counters=measure_counters(ours.raw_step, steps=_affordable(raw_ms, 20), device=ours.device) if settings.counters else None,
     )
 
 
@@ -199,18 +200,14 @@ def _measure_decode(theirs: StepRunner, ours: StepRunner, settings: LatencySetti
 
 
 def _measure_prefill(theirs: StepRunner, ours: StepRunner, settings: LatencySettings) -> _Series:
+    """Prefills in turns. The first pair allocates and plans; it counts only when it took so long that no other fits in the budget."""
+    tokens = settings.prompt_tokens
     started = time.perf_counter()
-    for runner in (theirs, ours):
-        runner.prefill(settings.prompt_tokens)  # the first one of a length allocates and plans
-    pair_s = max(time.perf_counter() - started, 1e-9)
-    repetitions = max(1, min(settings.prefill_repetitions, int(settings.budget_s / 2 / pair_s)))
-    times: list[float] = []
-    ratios: list[float] = []
-    for _ in range(repetitions):
-        before = theirs.prefill(settings.prompt_tokens)
-        times.append(ours.prefill(settings.prompt_tokens))
-        ratios.append(before / times[-1])
-    return _Series(times, ratios)
+    pairs = [(theirs.prefill(tokens), ours.prefill(tokens))]
+    affordable = min(settings.prefill_repetitions, int(settings.budget_s / 2 / (time.perf_counter() - started)))
+    if affordable:
+        pairs = [(theirs.prefill(tokens), ours.prefill(tokens)) for _ in range(affordable)]
+    return _Series([after for _, after in pairs], [before / after for before, after in pairs])
 
 
 def _generation_ms(loaded: LoadedModel, settings: LatencySettings, scale: LayerScale, step_ms: float) -> float:

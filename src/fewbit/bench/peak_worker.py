@@ -21,8 +21,8 @@ from typing import Any, TextIO
 
 import torch
 
-from fewbit.runtime.generate import decode_step, prefill
 from fewbit.runtime.config import QuantizationConfig
+from fewbit.runtime.generate import decode_step, prefill
 from fewbit.runtime.load import load_model
 from fewbit.runtime.sources import RandomSource, open_source
 
@@ -84,6 +84,8 @@ def _answer_in_fork(line: str, answers: TextIO) -> None:
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
+        _write({"error": f"exited with {os.WEXITSTATUS(status)}"}, answers)
     if os.WIFSIGNALED(status):
         _write({"error": f"killed by signal {os.WTERMSIG(status)}; when it is 9, most likely for lack of memory"}, answers)
 

@@ -112,6 +112,7 @@ class StepRunner:
         synchronize(self.device)
         return (time.perf_counter() - start) * 1e3
 
+    @torch.inference_mode()
     def _rewind(self) -> None:
         """Cut the cache back to the context."""
         extra = self.cache.get_seq_length() - self.context_tokens
