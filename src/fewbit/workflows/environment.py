@@ -47,7 +47,7 @@ def environment(device: str = "cpu") -> Environment:
 
 def environment_lines(environment: Environment) -> list[str]:
     """The environment for a person, one fact a line; the first line is the version alone."""
-    native = "yes" if find_spec("fewbit._native") else "no (installed without a C++ compiler)"
+    native = "yes" if find_spec("fewbit._native") else "missing: install again with a C++ compiler"
     return [
         f"fewbit {environment.fewbit}",
         f"Python: {environment.python}",
