@@ -224,9 +224,13 @@ class RandomSource:
         shape = self._meta[name].shape
         if len(shape) < 2:
             return torch.zeros(shape, dtype=torch.bfloat16) if name.endswith("bias") else torch.ones(shape, dtype=torch.bfloat16)
-        start = zlib.crc32(name.encode()) % self._BLOCK
-        repeats = -(-(start + shape.numel()) // self._BLOCK)
-        return self._block.repeat(repeats)[start : start + shape.numel()].clone().view(shape)
+        tensor = torch.empty(shape.numel(), dtype=torch.bfloat16)
+        filled, start = 0, zlib.crc32(name.encode()) % self._BLOCK
+        while filled < tensor.numel():
+            piece = self._block[start : start + tensor.numel() - filled]
+            tensor[filled : filled + piece.numel()] = piece
+            filled, start = filled + piece.numel(), 0
+        return tensor.view(shape)
 
     def get_quantized(self, prefix: str) -> QuantizedTensor | None:
         """None: always high precision."""
