@@ -1,8 +1,8 @@
 """The command line: parsing of arguments and nothing else.
 
 Each command calls one function of `fewbit.workflows` and prints what it returns, as tables or with `--json` as the result's own JSON.
-Errors that fewbit raises on purpose end in one line on stderr and exit code 2; `--debug` shows the traceback. Heavy imports happen inside the commands,
-so that `--help` answers at once.
+Errors that fewbit raises on purpose end in one line on stderr and exit code 2; `--debug` shows the traceback. Heavy imports happen inside
+the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbit.errors import FewbitError, UsageError
+from fewbit.errors import FewbitError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="fewbit",
-    help="Which quantization to deploy: measures memory, latency and quality of the same weights in one run, makes the checkpoint, and says why.",
+    help="Which quantization to deploy: measures memory, latency and quality of the same weights together, makes the checkpoint, says why.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,10 +33,13 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="A local Hugging Face directory or a hub id; the bundled reference model when left out.")
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A local Hugging Face directory or a hub id; the bundled reference model when left out."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout instead of tables.")]
-TextOption = Annotated[list[Path] | None, typer.Option("--text", help="Measure quality on this UTF-8 file; may be repeated.", metavar="FILE")]
+TextOption = Annotated[
+    list[Path] | None, typer.Option("--text", help="Measure quality on this UTF-8 file; may be repeated.", metavar="FILE")
+]
 CorpusOption = Annotated[str | None, typer.Option(help="stdlib (default), wikitext2 (from the hub) or wikitext2:FILE.")]
 ProtocolOption = Annotated[str | None, typer.Option(help="stdlib, standard-2048 or lab-512; the corpus's own when left out.")]
 StrictOption = Annotated[bool, typer.Option(help="Fail instead of running a slower kernel where a fused one exists for the format.")]
@@ -82,7 +85,10 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and the environment, for bug reports, and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and the environment, for bug reports, and exit."
+        ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice when left out.", min=1)] = None,
@@ -100,7 +106,9 @@ def compare(
     text: TextOption = None,
     corpus: CorpusOption = None,
     protocol: ProtocolOption = None,
-    shapes: Annotated[str | None, typer.Option(help="Add latency and memory on random weights in these real shapes, e.g. qwen2.5-1.5b.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Add latency and memory on random weights in these real shapes, e.g. qwen2.5-1.5b.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write results.json, results.csv, figures and report.html here.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens that quality is measured on; 0 for the whole corpus.", min=0)] = 32_768,
     threshold: Annotated[float, typer.Option(help="Largest increase of perplexity over BF16 that passes, in percent.", min=0.0)] = 5.0,
@@ -162,7 +170,9 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A dire
 def evaluate(
     model: ModelArgument = None,
     scheme: Annotated[str | None, typer.Option(help="The scheme to evaluate; the checkpoint's own when left out.")] = None,
-    against: Annotated[str | None, typer.Option(help="The model in high precision to compare with; MODEL itself in BF16 when left out.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The model in high precision to compare with; MODEL itself in BF16 when left out.")
+    ] = None,
     text: TextOption = None,
     corpus: CorpusOption = None,
     protocol: ProtocolOption = None,
@@ -298,7 +308,9 @@ def generate(
 
 @app.command(epilog=_example("fewbit formats --tensor model.safetensors:model.layers.0.mlp.down_proj.weight --out results/formats"))
 def formats(
-    tensor: Annotated[str | None, typer.Option(metavar="FILE:NAME", help="A tensor of a safetensors file, in place of the bundled model's.")] = None,
+    tensor: Annotated[
+        str | None, typer.Option(metavar="FILE:NAME", help="A tensor of a safetensors file, in place of the bundled model's.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the figures here.")] = None,
     json: JsonOption = False,
 ) -> None:

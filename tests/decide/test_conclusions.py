@@ -25,7 +25,9 @@ def interval(value: float, half_width: float = 0.0) -> Interval:
     return Interval(value, value - half_width, value + half_width)
 
 
-def latency(speedup: float, half_width: float = 0.02, bound: Bound = "bandwidth", prefill: float = 1.0, overhead: float = 0.1) -> LatencyResult:
+def latency(
+    speedup: float, half_width: float = 0.02, bound: Bound = "bandwidth", prefill: float = 1.0, overhead: float = 0.1
+) -> LatencyResult:
     return LatencyResult(
         prefill_tokens=512,
         prefill_ms=100.0,

@@ -25,7 +25,7 @@ from typing import Literal
 
 from fewbit.errors import CorpusError
 
-__all__ = ["ALWAYS_TRAIN", "EXCLUDED", "HELD_OUT_FRACTION", "Split", "is_held_out", "stdlib_files", "stdlib_documents", "unit_of"]
+__all__ = ["ALWAYS_TRAIN", "EXCLUDED", "HELD_OUT_FRACTION", "Split", "is_held_out", "stdlib_documents", "stdlib_files", "unit_of"]
 
 Split = Literal["train", "held-out"]
 

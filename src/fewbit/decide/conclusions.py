@@ -1,9 +1,9 @@
 """What the measurements of one comparison support, in words.
 
 Every sentence follows from figures in the same results file, and only where their intervals allow it: "faster" means that the whole 95 %
-interval of the paired speed-up lies above 1, "no measurable loss" that the interval of the perplexity difference contains zero. Speed is concluded from
-the section that has real shapes when there is one, because a model that fits in the cache says nothing about memory bandwidth; quality
-always from the model itself, because random weights have none.
+interval of the paired speed-up lies above 1, "near-lossless" that the whole interval of the perplexity difference is within half a percent.
+Speed is concluded from the section that has real shapes when there is one, because a model that fits in the cache says nothing about
+memory bandwidth; quality always from the model itself, because random weights have none.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def _kernel_decides(model: ModelInfo, variants: Sequence[VariantResult]) -> list
             opposite = _faster(fast) and _slower_than_bf16(slow)
             verdict = "Same bits, opposite speed" if opposite else "Same bits, different speed"
             sentences.append(
-                f"{verdict} on {_name(model)}: {fused.variant.scheme} decodes at {_times(fast.speedup_over_bf16)} BF16 on the fused kernel "
-                f"{fused.kernels[0].kernel} and at {_times(slow.speedup_over_bf16)} when the same integers are dequantized before the GEMM. "
+                f"{verdict} on {_name(model)}: {fused.variant.scheme} decodes at {_times(fast.speedup_over_bf16)} BF16 on the fused "
+                f"kernel {fused.kernels[0].kernel} and at {_times(slow.speedup_over_bf16)} when the same integers are dequantized before each GEMM. "
                 f"Fused is {slow.decode_ms_p50 / fast.decode_ms_p50:.1f}x faster than unfused: the kernel decides, not the bit width."
             )
     return sentences
@@ -180,9 +180,7 @@ def _quality(results: CompareResults) -> list[str]:
         threshold = failed[0].quality.threshold_percent if failed[0].quality else 0.0
         rows = [f"{v.variant.label} ({delta(v).value:+.1f} %)" for v in failed]
         sentences.append(f"Fails the {threshold:g} % perplexity threshold: {_join(rows)}.")
-    unclear = _select(
-        results.variants, lambda v: v.quality is not None and delta(v).low <= v.quality.threshold_percent <= delta(v).high
-    )
+    unclear = _select(results.variants, lambda v: v.quality is not None and delta(v).low <= v.quality.threshold_percent <= delta(v).high)
     if unclear:
         rows = [v.variant.label for v in unclear]
         sentences.append(f"Too close to the threshold to call on this much text: {_join(rows)}; evaluate more tokens before deciding.")

@@ -44,7 +44,7 @@ def select(request: KernelRequest, *, prefer: str | None = None, strict: bool = 
         wanted = prefer is None or kernel.name == prefer or (prefer == UNFUSED and not kernel.fused)
         reason = kernel.refuse(request) if wanted else f"not asked for: the variant pins {prefer}"
         if reason is None:
-            faster = tuple(_above(kernel, passed_over, ranked))
+            faster = tuple(_above(kernel, passed_over, request, ranked))
             if strict and prefer is None and not kernel.fused:
                 _refuse_fallback(kernel, request, faster, ranked)
             return Selection(kernel, faster)
@@ -59,10 +59,17 @@ def _check_preference(prefer: str | None, kernels: list[Kernel]) -> None:
         raise UsageError(f"unknown kernel '{prefer}'", f"choose one of {', '.join(names)}")
 
 
-def _above(chosen: Kernel, passed_over: list[PassedOver], kernels: list[Kernel]) -> list[PassedOver]:
-    """Of the kernels passed over, those of strictly higher priority: equals for other formats are no faster alternative."""
-    higher = {kernel.name for kernel in kernels if kernel.priority > chosen.priority}
-    return [entry for entry in passed_over if entry.kernel in higher]
+def _above(chosen: Kernel, passed_over: list[PassedOver], request: KernelRequest, kernels: list[Kernel]) -> list[PassedOver]:
+    """The faster kernels that were passed over.
+
+    A kernel made for another format is no alternative and is not listed; when an unfused kernel was chosen and nothing faster is made for
+    the format, that is the reason, and it is said once.
+    """
+    faster = {kernel.name for kernel in kernels if kernel.priority > chosen.priority and kernel.refuse_format(request) is None}
+    if not faster and not chosen.fused:
+        others = ", ".join(kernel.name for kernel in kernels if kernel.priority > chosen.priority)
+        return [PassedOver("any fused kernel", f"none runs {_describe_formats(request)} here yet (there are {others})")]
+    return [entry for entry in passed_over if entry.kernel in faster]
 
 
 def _refuse_fallback(chosen: Kernel, request: KernelRequest, passed_over: tuple[PassedOver, ...], kernels: list[Kernel]) -> None:
@@ -77,6 +84,10 @@ def _refuse_fallback(chosen: Kernel, request: KernelRequest, passed_over: tuple[
 
 
 def _describe(request: KernelRequest) -> str:
+    return f"{_describe_formats(request)}, {request.out_features}x{request.in_features} {request.dtype} on {request.device}"
+
+
+def _describe_formats(request: KernelRequest) -> str:
     weights = "a high-precision weight" if request.weights is None else f"a weight in {request.weights}"
     activations = "" if request.input_activations is None else f" with inputs in {request.input_activations}"
-    return f"{weights}{activations}, {request.out_features}x{request.in_features} {request.dtype} on {request.device}"
+    return weights + activations
