@@ -104,15 +104,16 @@ def test_build_report_needs_nothing_but_the_results_file(example: CompareResults
     assert build_report(tmp_path).read_bytes() == first
 
 
+@pytest.fixture(scope="module")
+def page(any_results: CompareResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("page")
+    write_results(any_results, directory)
+    return build_report(directory)
+
+
 @pytest.mark.browser
 class TestInChromium:
     """The page as a browser sees it."""
-
-    @pytest.fixture(scope="class")
-    def page(self, any_results: CompareResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        directory = tmp_path_factory.mktemp("page")
-        write_results(any_results, directory)
-        return build_report(directory)
 
     def test_renders_without_a_request_or_a_complaint(self, browser: Any, page: Path) -> None:
         browser.open(page)

@@ -165,7 +165,8 @@ def _print_notes(document: Mapping[str, Any], console: Console) -> None:
     ]
     if protocol:
         lines.append(
-            f"Quality: {protocol['corpus']}, protocol {protocol['name']} (context {protocol['context_length']}, stride {protocol['stride']}), "
+            f"Quality: {protocol['corpus']}, protocol {protocol['name']} "
+            f"(context {protocol['context_length']}, stride {protocol['stride']}), "
             f"{format_figure(protocol['scored_tokens'], 'count')} tokens; changes are paired, with 95 % intervals."
         )
     threshold = next((variant["quality"]["threshold_percent"] for variant in document["variants"] if variant["quality"]), None)
