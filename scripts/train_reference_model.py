@@ -23,6 +23,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -194,6 +195,15 @@ def sample(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str, seed: int
     return str(tokenizer.decode(out[0, 1:].tolist()))
 
 
+CARD = Path(__file__).with_name("reference_model_card.md")
+
+
+def model_card(report: dict[str, Any], parameters: int) -> str:
+    rows = [f"| {e['step']} | {e['train_nats_per_token']:.3f} | {e['held_out_nats_per_token']:.3f} |" for e in report["log"]]
+    samples = ["```python\n" + text.rstrip() + "\n```" for text in report["samples"]]
+    return CARD.read_text().format(**report, parameters=parameters, log_rows="\n".join(rows), sample_blocks="\n\n".join(samples))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train fewbit's reference model on the Python standard library.")
     parser.add_argument("--out", type=Path, required=True)
@@ -232,11 +242,13 @@ def main() -> None:
         "held_out_tokens": len(held_out),
         "held_out_nats_per_token": round(nats, 4),
         "held_out_perplexity": round(math.exp(nats), 3),
+        "bytes_per_token": round(1 / tokens_per_byte, 4),
         "held_out_bits_per_byte": round(nats / math.log(2) * tokens_per_byte, 4),
         "log": log,
         "samples": [sample(rounded, tokenizer, prompt, args.seed) for prompt in prompts],
     }
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "README.md").write_text(model_card(report, rounded.num_parameters()))
     print(json.dumps({k: v for k, v in report.items() if k != "log"}, indent=1))
 
 

@@ -123,8 +123,8 @@ def _kernel_decides(model: ModelInfo, variants: Sequence[VariantResult]) -> list
             verdict = "Same bits, opposite speed" if opposite else "Same bits, different speed"
             sentences.append(
                 f"{verdict} on {_name(model)}: {fused.variant.scheme} decodes at {_times(fast.speedup_over_bf16)} BF16 on the fused "
-                f"kernel {fused.kernels[0].kernel} and at {_times(slow.speedup_over_bf16)} when the same integers are dequantized before each GEMM. "
-                f"Fused is {slow.decode_ms_p50 / fast.decode_ms_p50:.1f}x faster than unfused: the kernel decides, not the bit width."
+                f"kernel {fused.kernels[0].kernel} and at {_times(slow.speedup_over_bf16)} when the same integers are dequantized before each "
+                f"GEMM. Fused is {slow.decode_ms_p50 / fast.decode_ms_p50:.1f}x faster than unfused: the kernel decides, not the bit width."
             )
     return sentences
 
