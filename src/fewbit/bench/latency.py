@@ -129,12 +129,12 @@ def measure_latency(
     prefills = _measure_prefill(theirs, ours, settings)
     p50, prefill_ms = median(decode.times), median(prefills.times)
     raw_ms = ours.raw_step()  # what a step takes here and now; `p50` may be scaled to layers that are not there
-    overhead_ms = median(ours.emptied_decode(_affordable(raw_ms, 5)))
-    prefill_overhead_ms = ours.emptied_prefill(settings.prompt_tokens)
+    overhead = _overhead_share(ours, raw_ms)
+    prefill_overhead = ours.emptied_prefill(settings.prompt_tokens) / prefill_ms
     step = step_cost(variant, scale, tokens=1, context=settings.context_tokens)
     prompt = step_cost(variant, scale, tokens=settings.prompt_tokens, context=0)
-    shares = _Shares.of(step, p50, overhead_ms, machine)
-    prefill_shares = _Shares.of(prompt, prefill_ms, prefill_overhead_ms, machine)
+    shares = _Shares.of(step, p50, overhead, machine)
+    prefill_shares = _Shares.of(prompt, prefill_ms, prefill_overhead, machine)
     operators = measure_operators(variant.model, ours.raw_step, steps=_affordable(raw_ms, 10), scale=scale, device=ours.device)
     return LatencyResult(
         prefill_tokens=settings.prompt_tokens,
@@ -176,10 +176,9 @@ class _Shares:
     bound: Bound
 
     @classmethod
-    def of(cls, cost: StepCost, milliseconds: float, overhead_ms: float, machine: MachineResult) -> _Shares:
+    def of(cls, cost: StepCost, milliseconds: float, overhead: float, machine: MachineResult) -> _Shares:
         bandwidth = cost.traffic_bytes / milliseconds / 1e6 / machine.read_bandwidth_gb_s
         compute = cost.operations / milliseconds / 1e6 / machine.gemm_gflop_s
-        overhead = overhead_ms / milliseconds
         return cls(bandwidth, compute, overhead, name_bound(overhead_share=overhead, bandwidth_share=bandwidth, compute_share=compute))
 
 
@@ -208,6 +207,16 @@ def _measure_prefill(theirs: StepRunner, ours: StepRunner, settings: LatencySett
     if affordable:
         pairs = [(theirs.prefill(tokens), ours.prefill(tokens)) for _ in range(affordable)]
     return _Series([after for _, after in pairs], [before / after for before, after in pairs])
+
+
+def _overhead_share(ours: StepRunner, raw_ms: float) -> float:
+    """The emptied step's time over the whole step's, the median of three pairs of blocks, for the same reason as the speed-up."""
+    steps = _affordable(6 * raw_ms, 10)
+    shares = []
+    for _ in range(3):
+        whole = median(ours.decode_block(steps, settling=1))
+        shares.append(median(ours.emptied_decode(steps)) / whole)
+    return median(shares)
 
 
 def _generation_ms(loaded: LoadedModel, settings: LatencySettings, scale: LayerScale, step_ms: float) -> float:
