@@ -121,10 +121,11 @@ def _kernel_decides(model: ModelInfo, variants: Sequence[VariantResult]) -> list
                 continue
             opposite = _faster(fast) and _slower_than_bf16(slow)
             verdict = "Same bits, opposite speed" if opposite else "Same bits, different speed"
+            fast_times, slow_times = _times(fast.speedup_over_bf16), _times(slow.speedup_over_bf16)
             sentences.append(
-                f"{verdict} on {_name(model)}: {fused.variant.scheme} decodes at {_times(fast.speedup_over_bf16)} BF16 on the fused "
-                f"kernel {fused.kernels[0].kernel} and at {_times(slow.speedup_over_bf16)} when the same integers are dequantized before each "
-                f"GEMM. Fused is {slow.decode_ms_p50 / fast.decode_ms_p50:.1f}x faster than unfused: the kernel decides, not the bit width."
+                f"{verdict} on {_name(model)}: {fused.variant.scheme} decodes at {fast_times} BF16 on the fused kernel "
+                f"{fused.kernels[0].kernel} and at {slow_times} when the same integers are dequantized before each GEMM. Fused is "
+                f"{slow.decode_ms_p50 / fast.decode_ms_p50:.1f}x faster than unfused: the kernel decides, not the bit width."
             )
     return sentences
 
