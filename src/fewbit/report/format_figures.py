@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fewbit.report.figures import RenderedFigure, write_figures
 from fewbit.report.svg_style import BAD, FUSED, INK, MUTED, NEUTRAL, UNFUSED, drawing, finish_svg
@@ -53,7 +53,7 @@ def _code_points(result: FormatsResult) -> RenderedFigure:
         axes.set_title(title, fontsize=9, color=MUTED)
         axes.set_xlabel("value / largest value")
         axes.xaxis.set_major_locator(FixedLocator([-limit, 0, limit]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x == 0 else f"{x:+.2g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(_position))
         axes.tick_params(left=False)
         axes.spines["left"].set_visible(False)
     whole.set_yticks(range(len(rows)), [info.label for info in rows])
@@ -65,6 +65,11 @@ def _code_points(result: FormatsResult) -> RenderedFigure:
     return _finish(figure, "code-points", "Where the code points lie", caption)
 
 
+def _position(x: float, _: int) -> str:
+    size = f"1/{round(1 / abs(x))}" if 0 < abs(x) < 1 else f"{abs(x):g}"
+    return f"\N{MINUS SIGN}{size}" if x < 0 else size
+
+
 def _panels(result: FormatsResult, height: float) -> tuple[Figure, list[tuple[Axes, FormatData]]]:
     figure = Figure(figsize=(6.4, height), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True).flat
@@ -73,7 +78,7 @@ def _panels(result: FormatsResult, height: float) -> tuple[Figure, list[tuple[Ax
         panel.set_title(data.name, fontsize=9, color=INK)
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 5, 10, 20, 50, 100]))
-        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
         panel.grid(axis="y")
     return figure, panels
@@ -106,6 +111,10 @@ def _error_by_bits(result: FormatsResult) -> RenderedFigure:
     return _finish(figure, "error-by-bits", "What a finer scale buys, and what it costs in bits", caption)
 
 
+def _bits(overhead: float) -> str:
+    return f"{overhead:.3g}" if overhead >= 1e-3 else "0"
+
+
 def _error_by_group(result: FormatsResult) -> RenderedFigure:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -122,14 +131,14 @@ def _error_by_group(result: FormatsResult) -> RenderedFigure:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator([5, 10, 20, 50, 100]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(list(positions.values()), [f"{granularity}\n+{overheads[granularity]:.2g} bit" for granularity in positions])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(list(positions.values()), [f"{granularity}\n+{_bits(overheads[granularity])} bit" for granularity in positions])
     axes.tick_params(axis="x", labelsize=8)
     axes.set_ylabel("relative error of INT4")
     axes.grid(axis="y")
     axes.legend(frameon=False, fontsize=8.5)
     caption = (
-        "INT4 with BF16 scales. Down to groups of 128 the error falls for an eighth of a bit; every further halving of the group doubles the "
-        "added bits. That is why group 128 is the usual choice, and 32 the one for numbers with outliers."
+        "INT4 with BF16 scales. Down to groups of 128 the error falls for an eighth of a bit; every further halving of the group doubles "
+        "the added bits. That is why group 128 is the usual choice, and 32 the one for numbers with outliers."
     )
     return _finish(figure, "error-by-group", "Why group 128", caption)

@@ -138,9 +138,9 @@ def _conclude(data: list[FormatData]) -> list[str]:
     whole, group_128, group_32 = (error("gaussian", "INT4", g) for g in ("channel", "group 128", "group 32"))
     if whole is not None and group_128 is not None and group_32 is not None:
         found.append(
-            f"Why group 128: INT4 on Gaussian numbers errs by {whole:.3g} % per channel and {group_128:.3g} % with groups of 128, for 0.125 "
-            f"bits more. From there every halving takes off about {(group_128 - group_32) / 2:.2g} points and doubles those bits: groups of "
-            f"32 reach {group_32:.3g} % for 0.5 bits."
+            f"Why group 128: INT4 on Gaussian numbers errs by {whole:.3g} % per channel and {group_128:.3g} % with groups of 128, "
+            f"for 0.125 bits more. From there every halving takes off about {(group_128 - group_32) / 2:.2g} points and doubles those "
+            f"bits: groups of 32 reach {group_32:.3g} % for 0.5 bits."
         )
     flat, real = error("real weight", "INT4", "channel"), error("real weight", "INT4", "group 128")
     if flat is not None and real is not None:
