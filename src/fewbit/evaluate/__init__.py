@@ -1,0 +1,1 @@
+"""What a quantization costs in quality: perplexity, KL divergence and flips, each with an interval."""
