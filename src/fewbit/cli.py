@@ -217,24 +217,19 @@ def bench(
     json: JsonOption = False,
 ) -> None:
     """Measure prefill, decode and memory of one scheme against BF16, or of the machine itself."""
+    from fewbit.bench.latency import LatencySettings
     from fewbit.report.bench_table import render_bench, render_machine
     from fewbit.workflows.bench import bench as run
     from fewbit.workflows.bench import bench_machine
+    from fewbit.workflows.section import SectionSettings
 
+    latency = LatencySettings(prompt_tokens=prompt_tokens, context_tokens=context, counters=counters)
     with _progress(quiet=json) as progress:
         if machine:
             result: Any = bench_machine()
         else:
-            result = run(
-                model,
-                shapes=shapes,
-                scheme=scheme,
-                kernel=kernel,
-                prompt_tokens=prompt_tokens,
-                context=context,
-                counters=counters,
-                progress=progress,
-            )
+            settings = SectionSettings(latency=latency)
+            result = run(model, shapes=shapes, scheme=scheme, kernel=kernel, settings=settings, progress=progress)
     if json:
         _print_json(result)
     else:

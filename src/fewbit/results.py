@@ -26,7 +26,9 @@ __all__ = [
     "FormatsResult",
     "HardwareSupport",
     "Interval",
+    "KernelInfo",
     "KernelUse",
+    "KernelsReport",
     "LatencyResult",
     "MachineResult",
     "MemoryResult",
@@ -37,6 +39,7 @@ __all__ = [
     "ProtocolInfo",
     "QualityResult",
     "QuantizeResult",
+    "SchemeKernel",
     "ShapesResult",
     "VariantInfo",
     "VariantResult",
@@ -199,7 +202,8 @@ class LatencyResult:
         traffic_gb_s: the same with the copies that an unfused kernel writes and reads.
         bandwidth_share: traffic_gb_s over the machine's measured bandwidth.
         compute_share: operations of the step over the machine's measured GEMM rate.
-        overhead_share: time of the same step with all linears emptied, over the median step.
+        overhead_share: time of a decode step with all linears and the cache emptied, over the median step.
+        prefill_compute_share, prefill_overhead_share: the same for the prefill.
         bound, prefill_bound: named from these shares.
     """
 
@@ -484,3 +488,45 @@ class FormatsResult:
     data: list[FormatData]
     conclusions: list[str]
     schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class KernelInfo:
+    """One kernel as it describes itself."""
+
+    name: str
+    description: str
+    fused: bool
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class SchemeKernel:
+    """The kernel that runs a scheme here.
+
+    Attributes:
+        fused_candidates: the fused kernels that are made for the format, whether or not they run here.
+        refused: every other kernel with its reason; those made for the format first.
+    """
+
+    scheme: str
+    weights: str
+    input_activations: str
+    kernel: str
+    fused: bool
+    fused_candidates: list[str]
+    refused: list[PassedOverKernel]
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class KernelsReport:
+    """What this machine runs, for weights of one shape."""
+
+    cpu: str
+    cpu_flags: list[str]
+    torch: str
+    device: str
+    dtype: str
+    out_features: int
+    in_features: int
+    kernels: list[KernelInfo]
+    schemes: list[SchemeKernel]

@@ -12,12 +12,13 @@ from fewbit.errors import UsageError
 from fewbit.formats.spec import SCHEMES
 from fewbit.kernels.dispatch import KERNELS
 from fewbit.report.kernel_tables import render_kernels
-from fewbit.workflows.kernels import KernelsReport, list_kernels
+from fewbit.results import KernelsReport
+from fewbit.workflows.kernels import list_kernels
 
 
 def text_of(report: KernelsReport, width: int = 120) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render_kernels(report))
+    render_kernels(report, console)
     return console.export_text()
 
 

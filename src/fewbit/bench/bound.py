@@ -1,6 +1,6 @@
 """Names what bounds a phase, from three measured shares; nothing is assumed from the model's size or the format.
 
-    overhead_share    time of the same step with every linear emptied / time of the step
+    overhead_share    time of a decode step with every linear and the cache emptied / time of the step
     bandwidth_share   bytes the step moves / time of the step / DRAM bandwidth measured on this machine in this run
     compute_share     operations of the step / time of the step / GEMM rate measured on this machine in this run
 

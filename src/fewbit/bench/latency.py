@@ -15,7 +15,7 @@ speed-up has to be read against.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewbit.bench.bound import name_bound
 from fewbit.bench.counters import measure_counters
@@ -129,12 +129,11 @@ def measure_latency(
     prefills = _measure_prefill(theirs, ours, settings)
     p50, prefill_ms = median(decode.times), median(prefills.times)
     raw_ms = ours.raw_step()  # what a step takes here and now; `p50` may be scaled to layers that are not there
-    overhead = _overhead_share(ours, raw_ms)
-    prefill_overhead = ours.emptied_prefill(settings.prompt_tokens) / prefill_ms
+    overhead = _overhead_share(ours, replace(variant, scheme=baseline.scheme), raw_ms, settings)
     step = step_cost(variant, scale, tokens=1, context=settings.context_tokens)
     prompt = step_cost(variant, scale, tokens=settings.prompt_tokens, context=0)
     shares = _Shares.of(step, p50, overhead, machine)
-    prefill_shares = _Shares.of(prompt, prefill_ms, prefill_overhead, machine)
+    prefill_shares = _Shares.of(prompt, prefill_ms, overhead * p50 / prefill_ms, machine)
     operators = measure_operators(variant.model, ours.raw_step, steps=_affordable(raw_ms, 10), scale=scale, device=ours.device)
     return LatencyResult(
         prefill_tokens=settings.prompt_tokens,
@@ -209,13 +208,18 @@ def _measure_prefill(theirs: StepRunner, ours: StepRunner, settings: LatencySett
     return _Series([after for _, after in pairs], [before / after for before, after in pairs])
 
 
-def _overhead_share(ours: StepRunner, raw_ms: float) -> float:
-    """The emptied step's time over the whole step's, the median of three pairs of blocks, for the same reason as the speed-up."""
+def _overhead_share(ours: StepRunner, uncached: LoadedModel, raw_ms: float, settings: LatencySettings) -> float:
+    """The framework's time per step over the whole step's, the median of three pairs of blocks, for the same reason as the speed-up.
+
+    Args:
+        ours: the variant. uncached: the same model with a BF16 cache. raw_ms: about one step of `ours`.
+    """
     steps = _affordable(6 * raw_ms, 10)
+    bare = StepRunner.start(uncached, prompt_tokens=1, context_tokens=1, scale=ours.scale, seed=settings.seed)
     shares = []
     for _ in range(3):
         whole = median(ours.decode_block(steps, settling=1))
-        shares.append(median(ours.emptied_decode(steps)) / whole)
+        shares.append(median(bare.emptied_decode(steps)) / whole)
     return median(shares)
 
 

@@ -1,10 +1,9 @@
 """What remains of a step when the matrix products are gone: the framework's overhead, measured and not estimated.
 
-Every linear (quantized or not, lm_head too) is replaced for the moment by one that returns zeros allocated beforehand, and the same
-step runs again. What is left is Python, operator dispatch, norms, activation functions, rotary embeddings, the cache with its
-quantization, and attention over it. No weight format can make a step faster than this, so its share of the step says how much there is
-to gain. It is an upper bound of pure overhead: attention over a long context and the dequantization of a quantized cache are work, too,
-but not work that a weight format changes.
+Every linear (quantized or not, lm_head too) is replaced for the moment by one that returns zeros allocated beforehand, and a decode step
+runs again, with a single token in a BF16 cache. What is left is Python, operator dispatch, norms, activation functions, rotary embeddings
+and an attention that has nothing to read: the price of a step that no number format changes. Attention over a long context and the
+dequantization of a quantized cache are work that formats do change; they are not in it, and count as bandwidth or compute.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ from fewbit.runtime.generate import decode_step, prefill
 from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.load import LoadedModel
 
-__all__ = ["StepRunner"]
+__all__ = ["DECODE_ROOM", "StepRunner"]
+
+# Positions behind the context that a block of decode steps may use.
+DECODE_ROOM = 32
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class StepRunner:
             MeasurementError: the model's positions do not suffice for the prompt or the context.
         """
         text = loaded.config.get_text_config(decoder=True)
-        longest = max(prompt_tokens, context_tokens + 32)
+        longest = max(prompt_tokens, context_tokens + DECODE_ROOM)
         positions = getattr(text, "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise MeasurementError(
@@ -80,7 +83,7 @@ class StepRunner:
             return self._timed_decode()
 
     def emptied_decode(self, steps: int) -> list[float]:
-        """The same as `decode_block` with every linear emptied: what the framework, attention and the cache take."""
+        """The same as `decode_block` with every linear emptied."""
         with emptied(self.loaded.model):
             return self.decode_block(steps, settling=1)
 
@@ -93,12 +96,6 @@ class StepRunner:
             prefill(self.loaded, self.prompt[:, :tokens], cache)
             synchronize(self.device)
             return self.scale.scale((time.perf_counter() - start) * 1e3, clock.stack_ms)
-
-    def emptied_prefill(self, tokens: int) -> float:
-        """The same with every linear emptied; the first one, which allocates the zeros, is not counted."""
-        with emptied(self.loaded.model):
-            self.prefill(tokens)
-            return self.prefill(tokens)
 
     def _decode(self, clock: StackClock) -> float:
         whole = self._timed_decode()

@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from rich.console import Group, RenderableType
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from fewbit.results import PassedOverKernel
+from fewbit.results import KernelsReport, SchemeKernel
 
 __all__ = ["render_kernels"]
 
 
-class _Kernel(Protocol):
-    name: str
-    description: str
-    fused: bool
-
-
-class _SchemeKernel(Protocol):
-    scheme: str
-    weights: str
-    input_activations: str
-    kernel: str
-    fused: bool
-    fused_candidates: list[str]
-    refused: list[PassedOverKernel]
-
-
-class _Report(Protocol):
-    """What is rendered: the fields of `workflows.kernels.KernelsReport`, which stands to the right of this layer."""
-
-    cpu: str
-    torch: str
-    device: str
-    dtype: str
-    out_features: int
-    in_features: int
-
-    @property
-    def kernels(self) -> Sequence[_Kernel]: ...
-
-    @property
-    def schemes(self) -> Sequence[_SchemeKernel]: ...
-
-
-def render_kernels(report: _Report) -> RenderableType:
-    """Two tables: which kernel runs each scheme and why no fused one when none does; and what the kernels are."""
+def render_kernels(report: KernelsReport, console: Console) -> None:
+    """Print two tables: which kernel runs each scheme and why no fused one when none does; and what the kernels are."""
     title = f"{report.out_features} x {report.in_features}, {report.dtype} on {report.device}: {report.cpu}, torch {report.torch}"
     schemes = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     for heading in ("scheme", "weights", "kernel", "why no faster one"):
@@ -61,10 +25,10 @@ def render_kernels(report: _Report) -> RenderableType:
         kernels.add_column(heading, overflow="fold")
     for kernel in report.kernels:
         kernels.add_row(kernel.name, "yes" if kernel.fused else "no", kernel.description)
-    return Group(schemes, Text(), kernels)
+    console.print(Group(schemes, Text(), kernels))
 
 
-def _why(row: _SchemeKernel) -> Text:
+def _why(row: SchemeKernel) -> Text:
     """Nothing for a fused kernel; else the refusals that a user can act on."""
     if row.fused:
         return Text("")

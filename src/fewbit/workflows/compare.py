@@ -112,9 +112,7 @@ def compare(
             steps.next(f"{shapes}: random weights")
             stack = Section(shapes_subject, shapes_source, machine, settings, steps, meter)
             shapes_rows = [stack.measure(row) for row in rows]
-            info = stack.model_info
-            note = f"scaled from {info.layers_measured} of {info.layers_total} layers with random weights"
-            shapes_result = ShapesResult(info, shapes_rows, note)
+            shapes_result = ShapesResult(stack.model_info, shapes_rows, stack.note)
 
     results = CompareResults(
         command=command or shlex.join(["fewbit", *sys.argv[1:]]),

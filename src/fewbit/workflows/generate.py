@@ -88,7 +88,7 @@ def generate_text(
         # A token can hold part of a character: print only what more tokens cannot change any more.
         nonlocal printed
         shown.append(token)
-        text = tokenizer.decode(shown, skip_special_tokens=True)
+        text = str(tokenizer.decode(shown, skip_special_tokens=True))
         if on_text is not None and not text.endswith("\ufffd"):
             on_text(text[len(printed) :])
             printed = text
@@ -100,7 +100,7 @@ def generate_text(
         model=loaded.source.describe(),
         scheme=loaded.scheme.name,
         prompt=prompt,
-        text=tokenizer.decode(result.tokens, skip_special_tokens=True),
+        text=str(tokenizer.decode(result.tokens, skip_special_tokens=True)),
         prompt_tokens=input_ids.shape[1],
         new_tokens=len(result.tokens),
         prefill_ms=result.prefill_ms,

@@ -5,61 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 
 from fewbit.errors import UsageError
 from fewbit.formats.spec import SCHEMES, Scheme
 from fewbit.kernels.base import KernelRequest
 from fewbit.kernels.dispatch import KERNELS, select
 from fewbit.kernels.environment import cpu_flags, cpu_name
-from fewbit.results import PassedOverKernel
+from fewbit.results import KernelInfo, KernelsReport, PassedOverKernel, SchemeKernel
 
-__all__ = ["KernelInfo", "KernelsReport", "SchemeKernel", "list_kernels"]
-
-_FROZEN = ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True, config=_FROZEN)
-class KernelInfo:
-    """One kernel as it describes itself."""
-
-    name: str
-    description: str
-    fused: bool
-
-
-@dataclass(frozen=True, config=_FROZEN)
-class SchemeKernel:
-    """The kernel that runs a scheme here.
-
-    Attributes:
-        fused_candidates: the fused kernels that are made for the format, whether or not they run here.
-        refused: every other kernel with its reason; those made for the format first.
-    """
-
-    scheme: str
-    weights: str
-    input_activations: str
-    kernel: str
-    fused: bool
-    fused_candidates: list[str]
-    refused: list[PassedOverKernel]
-
-
-@dataclass(frozen=True, config=_FROZEN)
-class KernelsReport:
-    """What this machine runs, for weights of one shape."""
-
-    cpu: str
-    cpu_flags: list[str]
-    torch: str
-    device: str
-    dtype: str
-    out_features: int
-    in_features: int
-    kernels: list[KernelInfo]
-    schemes: list[SchemeKernel]
+__all__ = ["list_kernels"]
 
 
 def list_kernels(shape: tuple[int, int] = (4096, 4096), *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> KernelsReport:

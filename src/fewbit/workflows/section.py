@@ -15,6 +15,7 @@ import torch
 from fewbit.bench.latency import LatencySettings, measure_latency
 from fewbit.bench.memory import PeakMeter, PeakRequest, memory_result
 from fewbit.bench.scaling import LayerScale
+from fewbit.bench.steps import DECODE_ROOM
 from fewbit.checkpoints.compressed_tensors import supports
 from fewbit.evaluate.quality import Reference, evaluate_quality
 from fewbit.models.accounting import parameter_count
@@ -138,14 +139,17 @@ class Section:
         config = self.baseline.config.get_text_config(decoder=True)
         layers = int(config.num_hidden_layers)
         self._scale = LayerScale(layers, shapes_config(subject.shapes).num_hidden_layers if subject.shapes else layers)
-        self._longest = int(getattr(config, "max_position_embeddings", 0) or settings.kv_context_tokens)
+        self._positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        self._latency = _within(settings.latency, self._positions)
         self.model_info = subject.info(self.baseline, self._scale)
+        total = self._scale.layers_total
+        self.note = f"scaled from {layers} of {total} layers with random weights" if self._scale.is_scaled else ""
 
     def measure(self, variant: Variant, reference: Reference | None = None) -> VariantResult:
         """The variant's row: latency, quality (when there is a reference) and memory; three steps, or two."""
         self._steps.next(f"{variant.label}: latency")
         loaded = self._load(variant)
-        latency = measure_latency(self.baseline, loaded, self._machine, settings=self._settings.latency, scale=self._scale)
+        latency = measure_latency(self.baseline, loaded, self._machine, settings=self._latency, scale=self._scale)
         quality = None
         if reference is not None:
             self._steps.next(f"{variant.label}: quality")
@@ -171,7 +175,7 @@ class Section:
         )
         memory = memory_result(
             loaded,
-            context=min(self._settings.kv_context_tokens, self._longest),
+            context=min(self._settings.kv_context_tokens, self._positions),
             budget_bytes=self._settings.memory_budget_bytes,
             peak=self._meter.measure(request) if self._settings.peak else None,
             peak_note="" if self._settings.peak else "not measured in this run",
@@ -180,6 +184,12 @@ class Section:
         unsupported = supports(variant.scheme) if variant.changes_linears else None
         layout = f"packed densely; no layout yet: {unsupported}" if unsupported else "tensor bytes in compressed-tensors"
         return replace(memory, disk_bytes=_checkpoint_bytes(memory), disk_note=layout)
+
+
+def _within(latency: LatencySettings, positions: int) -> LatencySettings:
+    """The same measurement with prompt and context cut to the model's positions; results carry the lengths that were measured."""
+    context = min(latency.context_tokens, max(1, positions - DECODE_ROOM))
+    return replace(latency, prompt_tokens=min(latency.prompt_tokens, positions), context_tokens=context)
 
 
 def _checkpoint_bytes(memory: MemoryResult) -> int:
