@@ -184,3 +184,40 @@ def test_prefill_gain_is_named_only_when_measured() -> None:
 
 def test_only_the_baseline_concludes_nothing_about_variants() -> None:
     assert not said(conclude(results(BF16)), "Deploy")
+
+
+def test_nothing_is_deployed_whose_quality_interval_crosses_the_threshold() -> None:
+    unclear = row("int4", latency(2.5), quality(4.9, half_width=0.5))
+    assert conclude(results(BF16, unclear))[0].endswith("passes the quality threshold with its whole interval.")
+    found = conclude(results(BF16, unclear, row("int8", latency(1.5), quality(0.1), scheme="W8A16", bits=8.0)))
+    assert found[0].startswith("Deploy INT8")
+
+
+def test_a_tie_in_speed_is_said() -> None:
+    int8 = row("int8", latency(2.0, half_width=0.2), quality(0.1), scheme="W8A16", bits=8.0)
+    found = conclude(results(BF16, int8, row("int4", latency(2.1, half_width=0.2), quality(1.0))))
+    assert found[0].startswith("Deploy INT4") and found[0].endswith("INT8: as fast within the intervals.")
+    clear = row("int4", latency(3.0, half_width=0.2), quality(1.0))
+    assert "as fast" not in conclude(results(BF16, int8, clear))[0]
+
+
+def test_speed_and_quality_name_the_model_they_were_measured_on() -> None:
+    shapes = [replace(BF16, quality=None), row("int4", latency(2.4), None)]
+    sentence = conclude(results(BF16, row("int4", latency(1.0), quality(2.0)), shapes=shapes))[0]
+    assert "2.40x BF16 on qwen2.5-1.5b shapes" in sentence and "+2.00 % on small" in sentence
+
+
+def test_an_overhead_bound_model_that_still_gains_is_not_told_otherwise() -> None:
+    small = replace(BF16, latency=latency(1.0, bound="overhead", overhead=0.6))
+    found = conclude(results(small, row("int4", latency(1.4), quality(2.0))))
+    assert found[0].startswith("Deploy INT4")
+    assert said(found, "Little to gain on small") and not said(found, "Do not quantize")
+
+
+def test_only_kv_variants_say_nothing_about_weights() -> None:
+    cached = row("kv-int8", latency(0.9), quality(0.1), scheme="KV-INT8", bits=16.0, kv="INT8", sequences=19, kv_bytes=52.0)
+    no_weights = replace(cached, memory=replace(cached.memory, effective_bits_per_weight=None))
+    found = conclude(results(replace(BF16, memory=replace(BF16.memory, effective_bits_per_weight=None)), no_weights))
+    assert not said(found, "Deploy") and not said(found, "Keep BF16")
+    same = replace(no_weights, memory=replace(no_weights.memory, kv_sequences_that_fit=10))
+    assert not said(conclude(results(BF16, same)), "hold more sequences")

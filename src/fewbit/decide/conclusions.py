@@ -1,7 +1,8 @@
 """What the measurements of one comparison support, in words.
 
 Every sentence follows from figures in the same results file, and only where their intervals allow it: "faster" means that the whole 95 %
-interval of the paired speed-up lies above 1, "near-lossless" that the whole interval of the perplexity difference is within half a percent.
+interval of the paired speed-up lies above 1, "near-lossless" that the whole interval of the perplexity difference is within half a percent,
+and nothing is recommended whose interval crosses the quality threshold.
 Speed is concluded from the section that has real shapes when there is one, because a model that fits in the cache says nothing about
 memory bandwidth; quality always from the model itself, because random weights have none.
 """
@@ -28,7 +29,7 @@ def conclude(results: CompareResults) -> list[str]:
     sections: list[tuple[ModelInfo, list[VariantResult]]] = [(results.model, results.variants)]
     if results.shapes is not None:
         sections.insert(0, (results.shapes.model, results.shapes.variants))
-    sentences = _deployment(results, sections[0][1])
+    sentences = _deployment(results, *sections[0])
     for model, variants in sections:
         sentences += _overhead(model, variants)
         sentences += _kernel_decides(model, variants)
@@ -65,47 +66,53 @@ def _join(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def _deployment(results: CompareResults, fast_section: Sequence[VariantResult]) -> list[str]:
-    """The one sentence a reader came for: what to deploy, among the variants that pass the quality threshold."""
+def _deployment(results: CompareResults, fast_model: ModelInfo, fast_section: Sequence[VariantResult]) -> list[str]:
+    """The one sentence a reader came for: what to deploy, among the variants that pass the quality threshold with their whole interval."""
     speed = {v.variant.name: v.latency for v in fast_section}
-    passed = [v for v in results.variants if v.variant.name != _BASELINE and v.quality is not None and v.quality.passed]
-    weights = [v for v in passed if v.memory.effective_bits_per_weight is not None and v.kernels]
-    if not weights:
-        if any(v.quality is not None for v in results.variants if v.variant.bits_nominal < 16):
-            return ["Keep BF16 weights: none of the measured weight formats passes the quality threshold."]
+    judged = _select(results.variants, lambda v: v.memory.effective_bits_per_weight is not None)
+    weights = [v for v in judged if _clearly_passes(v)]
+    if not judged:
         return []
-    faster = [v for v in weights if _faster(speed.get(v.variant.name))]
-
-    def gain(variant: VariantResult) -> float:
-        latency = speed[variant.variant.name]
-        return latency.speedup_over_bf16.value if latency is not None else 0.0
-
-    if faster:
-        best = max(faster, key=gain)
-        latency = speed[best.variant.name]
-        quality = best.quality
-        assert latency is not None and quality is not None
-        ratio = best.memory.quantized_linear_bytes / best.memory.quantized_linear_bf16_bytes
+    if not weights:
+        reason = "passes the quality threshold"
+        if any(v.quality is not None and v.quality.passed for v in judged):
+            reason = "passes the quality threshold with its whole interval"
+        return [f"Keep BF16 weights: none of the measured weight formats {reason}."]
+    faster = [(v, latency.speedup_over_bf16) for v in weights if (latency := speed.get(v.variant.name)) is not None and _faster(latency)]
+    if not faster:
+        smallest = min(weights, key=lambda v: v.memory.resident_weight_bytes)
+        latency = speed.get(smallest.variant.name)
+        price = "" if latency is None else f", at {_times(latency.speedup_over_bf16)} BF16's decode speed"
         return [
-            f"Deploy {best.variant.label} on this machine: of the formats that pass the quality threshold it decodes fastest, "
-            f"{_times(latency.speedup_over_bf16)} BF16, with its linears at {ratio:.2f}x of their BF16 memory and perplexity "
-            f"{quality.perplexity_delta_percent.value:+.2f} %."
+            "Do not quantize for speed here: no format that passes the quality threshold decodes faster than BF16. "
+            f"For memory, {smallest.variant.label} is the smallest that passes{price}."
         ]
-    smallest = min(weights, key=lambda v: v.memory.resident_weight_bytes)
+    best, gain = max(faster, key=lambda pair: pair[1].value)
+    as_fast = [v.variant.label for v, other in faster if v is not best and other.high >= gain.low]
+    tie = f" {_join(as_fast)}: as fast within the intervals." if as_fast else ""
+    ratio = best.memory.quantized_linear_bytes / best.memory.quantized_linear_bf16_bytes
+    assert best.quality is not None
     return [
-        "Do not quantize for speed here: no format that passes the quality threshold decodes faster than BF16. "
-        f"For memory, {smallest.variant.label} is the smallest that passes."
+        f"Deploy {best.variant.label} on this machine: of the formats that pass the quality threshold it decodes fastest, "
+        f"{_times(gain)} BF16 on {_name(fast_model)}, with its linears at {ratio:.2f}x of their BF16 memory and perplexity "
+        f"{best.quality.perplexity_delta_percent.value:+.2f} % on {_name(results.model)}.{tie}"
     ]
+
+
+def _clearly_passes(variant: VariantResult) -> bool:
+    quality = variant.quality
+    return quality is not None and quality.passed and quality.perplexity_delta_percent.high <= quality.threshold_percent
 
 
 def _overhead(model: ModelInfo, variants: Sequence[VariantResult]) -> list[str]:
+    """The share of a step that no weight format changes bounds every speed-up from above (Amdahl's law)."""
     baseline = _latency(variants, _BASELINE)
     if baseline is None or baseline.bound != "overhead":
         return []
-    return [
-        f"Do not quantize {_name(model)} for speed: its decode is overhead-bound. {baseline.overhead_share:.0%} of a "
-        f"{baseline.decode_ms_p50:.2f} ms BF16 step remain when the linears compute nothing, so fewer bytes cannot help."
-    ]
+    step = f"{baseline.overhead_share:.0%} of a {baseline.decode_ms_p50:.2f} ms BF16 step remain when the linears compute nothing"
+    if any(_faster(v.latency) for v in variants if v.variant.name != _BASELINE):
+        return [f"Little to gain on {_name(model)}: its decode is overhead-bound. {step}, and no number format shortens that part."]
+    return [f"Do not quantize {_name(model)} for speed: its decode is overhead-bound. {step}, and no variant is measurably faster."]
 
 
 def _kernel_decides(model: ModelInfo, variants: Sequence[VariantResult]) -> list[str]:
@@ -155,7 +162,7 @@ def _prefill(model: ModelInfo, variants: Sequence[VariantResult]) -> list[str]:
     faster = [v for v in measured if v.latency and v.latency.prefill_speedup_over_bf16 >= _LARGE_SPEEDUP]
     head = f"Prefill of {baseline.prefill_tokens} tokens on {_name(model)} is {baseline.prefill_bound}-bound in BF16"
     if not faster:
-        return [f"{head}, and no quantized variant is faster there: fewer weight bytes help decode, not prefill."]
+        return [f"{head}, and no quantized variant is faster there by {_LARGE_SPEEDUP - 1:.0%} or more."]
     rows = [f"{v.variant.label} ({v.latency.prefill_speedup_over_bf16:.2f}x)" for v in faster if v.latency]
     return [f"{head}; faster there: {_join(rows)}."]
 
@@ -190,11 +197,14 @@ def _quality(results: CompareResults) -> list[str]:
 
 def _kv_cache(variants: Sequence[VariantResult]) -> list[str]:
     baseline = next((v for v in variants if v.variant.name == _BASELINE), None)
-    cached = [v for v in variants if v.variant.kv_cache != "BF16" and v.quality is not None and v.quality.passed]
-    if baseline is None or not cached or baseline.memory.kv_sequences_that_fit == 0:
+    if baseline is None or baseline.memory.kv_sequences_that_fit == 0:
+        return []
+    most = baseline.memory.kv_sequences_that_fit
+    cached = [v for v in variants if v.variant.kv_cache != "BF16" and _clearly_passes(v) and v.memory.kv_sequences_that_fit > most]
+    if not cached:
         return []
     rows = [
-        f"{v.variant.label} {v.memory.kv_sequences_that_fit / baseline.memory.kv_sequences_that_fit:.2f}x "
+        f"{v.variant.label} {v.memory.kv_sequences_that_fit / most:.2f}x "
         f"({v.memory.kv_bytes_per_token / baseline.memory.kv_bytes_per_token:.2f} of the bytes per token)"
         for v in cached
     ]
