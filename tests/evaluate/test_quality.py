@@ -175,6 +175,14 @@ def test_a_quantized_cache_is_read_in_chunks_and_seen(bf16: Loaded) -> None:
     assert len(caches) == 1
 
 
+def test_chunks_are_half_the_residual_window(bf16: Loaded) -> None:
+    """In decode the newest tokens are in high precision for every query; chunks longer than the window would hide that."""
+    caches = [RoundedCache()]
+    perplexity(Loaded(bf16.model, get_scheme("KV-INT4"), lambda: caches[-1]), _windows(50, 50))
+    assert get_scheme("KV-INT4").kv_residual_window == 32
+    assert caches[0].calls == [16, 16, 16, 2]
+
+
 def test_the_noise_floor_is_small(bf16: Loaded, worse: Loaded) -> None:
     reference = Reference(bf16, WINDOWS)
     floor, variant = noise_floor(reference), evaluate_quality(reference, worse)

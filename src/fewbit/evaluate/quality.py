@@ -12,7 +12,10 @@ Accuracy is Not All You Need, arXiv 2407.09141). All are averaged over tokens, w
 
 Two ways to read a window. Most variants see it in one pass: no cache, several windows of equal length as a batch, never any padding. A
 variant whose KV cache is quantized would then read keys and values that were never stored, and look lossless; it is fed through its
-cache in chunks of 64 tokens, so that attention reads what the cache holds.
+cache in chunks of 64 tokens, so that attention reads what the cache holds. A residual window slides token by token in decode, and
+within a chunk it cannot: a chunk longer than the window would show half its queries no token in high precision (INT4, window 32, on the
+reference model: KL 0.0051 in chunks of 64, 0.0021 of 16, 0.0018 token by token). So chunks are at most half the window, and the
+figure stays a little on the pessimistic side.
 
 The *noise floor* is BF16 against itself read in the second way: other shapes, other summation orders, rounding to BF16 at other places.
 A variant's figure of that size says nothing about its format.
@@ -204,10 +207,9 @@ def _one_pass(loaded: EvaluableModel, ids: torch.Tensor) -> torch.Tensor:
 def _through_cache(loaded: EvaluableModel, ids: torch.Tensor) -> torch.Tensor:
     """The same, in chunks through the model's own kind of KV cache."""
     cache = loaded.new_cache()
-    ids = ids.to(_device(loaded))
+    window = loaded.scheme.kv_residual_window
     parts = []
-    for start in range(0, ids.shape[1], CHUNK_TOKENS):
-        chunk = ids[:, start : start + CHUNK_TOKENS]
+    for chunk in ids.to(_device(loaded)).split(min(CHUNK_TOKENS, max(window // 2, 1)) if window else CHUNK_TOKENS, dim=1):
         parts.append(loaded.model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
     return torch.cat(parts, dim=1)
 
