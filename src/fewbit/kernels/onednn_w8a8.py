@@ -1,6 +1,6 @@
 """INT8 weights and INT8 activations per token, fused: oneDNN through torch's `onednn::qlinear_pointwise`.
 
-    s_x[m] = max_k |x[m, k]| / 127           q_x = round(x / s_x)                       on the fly, one scale per token
+    s_x[m] = max_k |x[m, k]| / 127.5         q_x = round(x / s_x)                       on the fly, one scale per token
     y[m, n] = s_x[m] * scale[n] * sum_k q_x[m, k] * q_w[n, k]                           integer products, 32-bit sums
 
 AVX-512 VNNI multiplies unsigned by signed bytes. So the activations go in as u = q_x + 128 with zero point 128, which is the same numbers

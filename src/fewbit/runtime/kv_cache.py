@@ -19,8 +19,9 @@ In memory, for n tokens of capacity and a unit of u tokens (32 for `channel`, el
     scale        [n / u, scales per unit]           in the spec's scale dtype
     zero_point   int8, like scale, when affine
 
-`update` returns what attention reads: the history dequantized into one fresh tensor, then the window. This dequantized copy exists
-for one layer at a time; memory that stays is the packed one. Layers with a sliding window keep all tokens too, and the mask hides
+Keys arrive after their rotary embedding and are stored so. `update` returns what attention reads: the history dequantized into one
+fresh tensor, then the window. This dequantized copy exists for one layer at a time; memory that stays is the packed one. Tokens that
+leave the window in a call are read quantized in that very call. Layers with a sliding window keep all tokens too, and the mask hides
 the older ones: simple, and exact.
 """
 
