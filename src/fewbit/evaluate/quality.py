@@ -207,9 +207,12 @@ def _one_pass(loaded: EvaluableModel, ids: torch.Tensor) -> torch.Tensor:
 def _through_cache(loaded: EvaluableModel, ids: torch.Tensor) -> torch.Tensor:
     """The same, in chunks through the model's own kind of KV cache."""
     cache = loaded.new_cache()
+    ids = ids.to(_device(loaded))
     window = loaded.scheme.kv_residual_window
+    length = min(CHUNK_TOKENS, max(window // 2, 1)) if window else CHUNK_TOKENS
     parts = []
-    for chunk in ids.to(_device(loaded)).split(min(CHUNK_TOKENS, max(window // 2, 1)) if window else CHUNK_TOKENS, dim=1):
+    for start in range(0, ids.shape[1], length):
+        chunk = ids[:, start : start + length]
         parts.append(loaded.model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
     return torch.cat(parts, dim=1)
 
