@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fewbit.errors import UsageError
+from fewbit.errors import ModelError, UsageError
 from fewbit.formats.spec import get_scheme
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.generate import decode_step, generate, prefill
@@ -88,3 +88,17 @@ def test_quantized_models_generate(scheme: str, tiny_llama_dir: Path) -> None:
 def test_arguments_out_of_range(ids: torch.Tensor, options: dict[str, float], llama: LoadedModel) -> None:
     with pytest.raises(UsageError):
         generate(llama, ids, **{"max_new_tokens": 4, **options})  # type: ignore[arg-type]
+
+
+def test_tokens_beyond_the_models_positions_are_refused(llama: LoadedModel) -> None:
+    prompt = torch.full((1, 100), 5)
+    assert len(generate(llama, prompt, 28).tokens) <= 28
+    with pytest.raises(UsageError, match="128 positions; ask for at most 28"):
+        generate(llama, prompt, 29)
+    with pytest.raises(UsageError, match="shorten the prompt"):
+        generate(llama, torch.full((1, 128), 5), 1)
+
+
+def test_tokens_of_another_vocabulary_are_refused(llama: LoadedModel) -> None:
+    with pytest.raises(ModelError, match="token id 256 and the model's vocabulary has 256"):
+        generate(llama, torch.tensor([[3, 256]]), 1)

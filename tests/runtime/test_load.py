@@ -250,3 +250,36 @@ def test_an_already_quantized_checkpoint_is_not_rounded_twice(zoo_dir: Callable[
     assert [name for name, module in as_stored.model.named_modules() if isinstance(module, QuantLinear)] == list(stored)
     with pytest.raises(UsageError, match="rounded twice"):
         load_model(source, QuantizationConfig(get_scheme("NF4")))
+
+
+def test_opaque_packed_weights_count_their_elements(zoo_dir: Callable[[str], Path]) -> None:
+    loaded = load(zoo_dir("qwen2"), "W8A8")
+    linears = [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
+    channels = sum(layer.out_features for layer in linears)
+    per_channel = loaded.quantized_linear_bytes - loaded.quantized_linear_bf16_bytes // 2
+    assert 4 * channels <= per_channel <= 8 * channels  # a scale, and for oneDNN a zero point
+
+
+def test_a_size_that_no_memory_holds_is_refused(zoo_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(zoo_dir("qwen2"), tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "vocab_size": 10**13}))
+    with pytest.raises(UnsupportedModelError, match="cannot be built"):
+        load(directory)
+
+
+def test_integers_without_a_layout_are_refused(zoo_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    directory = edit_weights(zoo_dir("llama"), tmp_path / "m", lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    for scheme in ("BF16", "W8A16"):
+        with pytest.raises(CheckpointError, match=rf"{name} holds torch.int8"):
+            load(directory, scheme)
+
+
+def test_transformers_draws_no_progress_bar(zoo_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    directory = edit_weights(zoo_dir("llama"), tmp_path / "m", lambda tensors: tensors.__delitem__(name))
+    capsys.readouterr()
+    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
+        load(directory)
+    assert capsys.readouterr().err == ""

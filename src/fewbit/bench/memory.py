@@ -24,6 +24,7 @@ from fewbit.bench.overhead import linears
 from fewbit.bench.scaling import LayerScale, decoder_blocks
 from fewbit.bench.traffic import linear_bytes
 from fewbit.errors import MeasurementError
+from fewbit.models.accounting import resident_bytes
 from fewbit.results import MemoryResult
 from fewbit.runtime.generate import prefill
 from fewbit.runtime.linear import QuantLinear
@@ -44,7 +45,7 @@ class PeakRequest:
         shapes: random weights in these shapes instead of a model.
         num_layers: layers of `shapes`; None for all.
         kernel: None for the fastest, `unfused`, or a kernel's name.
-        prompt_tokens, decode_steps: what is run after loading.
+        prompt_tokens, decode_steps: what is run after loading; together at most the positions that the model has.
         device: where it runs.
         threads: torch threads.
     """
@@ -240,10 +241,9 @@ class _Stack:
     @classmethod
     def of(cls, loaded: LoadedModel) -> _Stack:
         blocks = decoder_blocks(loaded.model)[1]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*blocks.parameters(), *blocks.buffers())}
         quant = [module for _, module in linears(blocks) if isinstance(module, QuantLinear)]
         return cls(
-            resident_bytes=sum(storages.values()),
+            resident_bytes=resident_bytes((*blocks.parameters(), *blocks.buffers())),
             parameters=sum(p.numel() for p in blocks.parameters()) + sum(m.in_features * m.out_features for m in quant),
             quantized_weights=sum(m.in_features * m.out_features for m in quant if m.quant_method.request.weights is not None),
         )

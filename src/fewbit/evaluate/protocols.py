@@ -36,6 +36,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fewbit.corpora.text import Corpus
 from fewbit.errors import CorpusError, UsageError
+from fewbit.models.accounting import check_token_ids
 from fewbit.results import ProtocolInfo
 
 __all__ = ["PROTOCOLS", "Protocol", "Windows", "default_protocol", "get_protocol", "make_windows"]
@@ -129,6 +130,7 @@ def make_windows(
     Raises:
         UsageError: an unknown protocol, or `max_tokens` below two windows.
         CorpusError: the text fills fewer than two windows.
+        ModelError: the tokenizer gives tokens that the model does not have.
     """
     chosen = default_protocol(corpus) if protocol is None else get_protocol(protocol) if isinstance(protocol, str) else protocol
     own_length = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -137,6 +139,7 @@ def make_windows(
     every = _cut_stream(chosen, corpus, tokenizer, context, bos) if chosen.joined else _one_per_text(chosen, corpus, tokenizer, context)
     kept = _draw(len(every), _count_within(every, max_tokens), seed)
     ids = tuple(torch.tensor(every[index], dtype=torch.int64) for index in kept)
+    check_token_ids(max(int(window.max()) for window in ids), config)
     notes = [corpus.note] if corpus.note else []
     if context < chosen.context_length:
         notes.append(f"windows of {context} tokens, the model's own length, not {chosen.context_length}")

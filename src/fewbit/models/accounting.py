@@ -13,16 +13,25 @@ share them.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from fewbit.errors import ModelError
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.models.structure import build_empty_model
 
-__all__ = ["count_parameters", "kv_bytes_per_token", "kv_scheme_bytes_per_token", "kv_shape", "parameter_count"]
+__all__ = [
+    "check_token_ids",
+    "count_parameters",
+    "kv_bytes_per_token",
+    "kv_scheme_bytes_per_token",
+    "kv_shape",
+    "parameter_count",
+    "resident_bytes",
+]
 
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "e8m0": 1}
 
@@ -40,6 +49,38 @@ def parameter_count(config: PretrainedConfig) -> int:
 def count_parameters(model: nn.Module, tied: Container[str]) -> int:
     """All parameters of a model but those of the names `tied`, which are other names for parameters that it has anyway."""
     return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+
+
+def resident_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that tensors keep resident: of their storages, each storage once.
+
+    oneDNN's packed weights are opaque tensors without a storage that could be asked; they count elements times element size.
+    """
+    opaque, storages = 0, {}
+    for tensor in tensors:
+        if tensor.is_mkldnn:
+            opaque += tensor.numel() * tensor.element_size()
+        else:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return opaque + sum(storages.values())
+
+
+def check_token_ids(largest: int, config: PretrainedConfig) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Args:
+        largest: the largest token id of a text.
+        config: the model's.
+
+    Raises:
+        ModelError: the tokenizer's ids reach beyond the model's vocabulary.
+    """
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    if largest >= vocabulary:
+        raise ModelError(
+            f"the tokenizer gives the token id {largest} and the model's vocabulary has {vocabulary} entries",
+            "the tokenizer belongs to another model: copy the right one into the model's directory",
+        )
 
 
 def kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:

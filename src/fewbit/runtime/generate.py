@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbit.errors import UsageError
+from fewbit.models.accounting import check_token_ids
 from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.load import LoadedModel
 
@@ -86,9 +87,12 @@ def generate(
         on_token: called with each new token as soon as it is known.
 
     Raises:
-        UsageError: an empty prompt, or arguments out of range.
+        UsageError: an empty prompt, arguments out of range, or more tokens than the model has positions for.
+        ModelError: tokens that the model does not have.
     """
     _check(input_ids, max_new_tokens, temperature, top_p)
+    check_token_ids(int(input_ids.max()), loaded.config)
+    _check_room(loaded, input_ids.shape[1], max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     ends = _end_tokens(loaded)
     cache = loaded.new_cache()
@@ -112,6 +116,16 @@ def _check(input_ids: torch.Tensor, max_new_tokens: int, temperature: float, top
         raise UsageError(f"max_new_tokens is {max_new_tokens}", "ask for at least one token")
     if temperature < 0 or not 0 < top_p <= 1:
         raise UsageError(f"temperature {temperature} or top_p {top_p} is out of range", "temperature >= 0 and 0 < top_p <= 1")
+
+
+def _check_room(loaded: LoadedModel, prompt_tokens: int, new_tokens: int) -> None:
+    positions = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + new_tokens > positions:
+        room = max(positions - prompt_tokens, 0)
+        raise UsageError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones do not fit into the model's {positions} positions",
+            f"ask for at most {room} new tokens" if room else "shorten the prompt",
+        )
 
 
 def _end_tokens(loaded: LoadedModel) -> frozenset[int]:

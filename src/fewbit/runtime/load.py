@@ -26,12 +26,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedModelError, UsageError
 from fewbit.formats.cost import storage_bytes
+from fewbit.formats.grouping import scale_shape
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
-from fewbit.models.accounting import count_parameters
+from fewbit.models.accounting import count_parameters, kv_shape, resident_bytes
 from fewbit.models.structure import build_empty_model
 from fewbit.results import KernelUse
 from fewbit.runtime.config import QuantizationConfig
@@ -39,7 +41,7 @@ from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.linear import QuantLinear, kernel_uses
 from fewbit.runtime.sources import TensorSource
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "check_fits", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,20 @@ def load_model(
     return _describe(model, linears, source, config, dtype, parameters, "; ".join(notes))
 
 
+def check_fits(source: TensorSource, config: QuantizationConfig, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raise what `load_model` would raise about formats and kernels, in a moment and without reading a weight.
+
+    Raises:
+        UnsupportedModelError, FormatError, KernelError, UsageError: as `load_model`; the layer is named.
+    """
+    _check_scheme(source, config)
+    _swap_linears(build_empty_model(source.config, dtype=dtype), config, source, device, dtype)
+    cache = KVCache(source.config, config.scheme, dtype)
+    _, heads, head_dim = kv_shape(source.config)
+    token = torch.zeros(1, heads, 1, head_dim, dtype=dtype)
+    cache.update(token, token, 0)
+
+
 def _check_scheme(source: TensorSource, config: QuantizationConfig) -> None:
     if source.scheme is not None and config.scheme.weights is not None and config.scheme.weights != source.scheme.weights:
         raise UsageError(
@@ -175,9 +191,12 @@ def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with _parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ZeroDivisionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
         build_empty_model(config)  # fails the same way, and says so in words
-        raise
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(
+            f"a model of type '{config.model_type}' with this configuration cannot be built: {reason}", "check the sizes in config.json"
+        ) from error
     return model
 
 
@@ -216,6 +235,8 @@ def _swap_linears(
         assert method is not None
         with _naming_the_layer(name):
             layer = QuantLinear(linear.in_features, linear.out_features, method, dtype=dtype, device=device)
+            if method.request.weights is not None:
+                scale_shape(method.request.weights, linear.out_features, linear.in_features)  # raises when a group size does not divide
             if linear.bias is not None:
                 layer.bias = linear.bias
             if linear.weight.device.type != "meta":
@@ -264,6 +285,8 @@ def _load_by_transformers(source: TensorSource, dtype: torch.dtype, missing: lis
     remedy = "the weights belong to another configuration, or a shard is missing"
     if source.directory is None or source.scheme is not None:
         raise CheckpointError(problem or f"'{source.describe()}' has tensors that its architecture does not know", remedy)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
@@ -271,6 +294,9 @@ def _load_by_transformers(source: TensorSource, dtype: torch.dtype, missing: lis
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load '{source.describe()}': {first[:200]}", remedy) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model: PreTrainedModel = loaded[0]
     info: dict[str, set[str]] = loaded[1]
     lost = sorted(info["missing_keys"])
@@ -315,6 +341,11 @@ def _linear_weight(source: TensorSource, prefix: str, layer: QuantLinear) -> tor
     if quantized is not None and layer.quant_method.request.weights is not None:
         return quantized
     weight = _checked(source.get(f"{prefix}.weight"), f"{prefix}.weight")
+    if not weight.is_floating_point():
+        raise CheckpointError(
+            f"tensor {prefix}.weight holds {weight.dtype} numbers and config.json says nothing of a quantized layout",
+            "name the high-precision model, or a compressed-tensors checkpoint with its quantization_config",
+        )
     if tuple(weight.shape) != (layer.out_features, layer.in_features):
         raise _wrong_shape(f"{prefix}.weight", weight.shape, torch.Size((layer.out_features, layer.in_features)))
     return weight
@@ -383,12 +414,6 @@ def _unquantized_notes(model: nn.Module, config: QuantizationConfig) -> list[str
     return notes
 
 
-def _nbytes(tensors: Iterator[torch.Tensor]) -> int:
-    """Bytes of the tensors' storages, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
@@ -425,8 +450,8 @@ def _describe(
         scheme=config.scheme,
         dtype=dtype,
         kernel_uses=tuple(kernel_uses(model)),
-        resident_weight_bytes=_nbytes(_tensors(model)),
-        quantized_linear_bytes=_nbytes(t for layer, _ in quantized for t in layer.quant_method.packed(layer).values()),
+        resident_weight_bytes=resident_bytes(_tensors(model)),
+        quantized_linear_bytes=resident_bytes(t for layer, _ in quantized for t in layer.quant_method.packed(layer).values()),
         quantized_linear_bf16_bytes=2 * weights,
         effective_bits_per_weight=8 * format_bytes / weights if weights else None,
         effective_bits_per_parameter=8 * (format_bytes + high_precision_bytes) / parameters,

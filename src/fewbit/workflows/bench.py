@@ -15,6 +15,7 @@ from fewbit.bench.memory import PeakMeter
 from fewbit.errors import UsageError
 from fewbit.formats.spec import get_scheme
 from fewbit.results import BenchResults, MachineResult
+from fewbit.runtime.load import check_fits
 from fewbit.workflows.environment import environment
 from fewbit.workflows.section import ProgressCallback, Section, SectionSettings, Steps, Subject
 from fewbit.workflows.variants import BASELINE, Variant
@@ -59,10 +60,12 @@ def bench(
     steps = Steps(progress, total=1 + 2 * len(variants))
     subject = Subject(model=model, shapes=shapes, seed=seed)
     source = subject.open()
+    settings = settings or SectionSettings()
+    check_fits(source, variant.quantization(strict=settings.strict))
     steps.next("machine: bandwidth and GEMM rate")
     machine = measure_machine()
     with PeakMeter() as meter:
-        section = Section(subject, source, machine, settings or SectionSettings(), steps, meter)
+        section = Section(subject, source, machine, settings, steps, meter)
         rows = [section.measure(row) for row in variants]
     steps.finish()
     return BenchResults(environment=environment(), machine=machine, model=section.model_info, rows=rows, note=section.note)

@@ -22,12 +22,14 @@ from fewbit.bench.machine import measure_machine
 from fewbit.bench.memory import PeakMeter
 from fewbit.corpora.text import load_corpus
 from fewbit.decide.conclusions import conclude
-from fewbit.errors import UsageError
+from fewbit.errors import FewbitError, FormatError, KernelError, UnsupportedModelError, UsageError
 from fewbit.evaluate.protocols import make_windows
 from fewbit.evaluate.quality import Reference, noise_floor
 from fewbit.report.files import ensure_writable
 from fewbit.report.results_file import write_results
 from fewbit.results import CompareResults, ShapesResult
+from fewbit.runtime.load import check_fits
+from fewbit.runtime.sources import TensorSource
 from fewbit.workflows.environment import environment
 from fewbit.workflows.report import build_report
 from fewbit.workflows.section import ProgressCallback, Section, SectionSettings, Steps, Subject
@@ -78,15 +80,18 @@ def compare(
         progress: called with (steps done, steps in all, what is next).
         command: what the user typed, for the record; the process's own arguments when None.
 
+    A default row that the model cannot have (a group size that does not divide, no kernel for a shape) is left out and named in the
+    results' warnings; a row that was asked for by name is an error, found before anything is measured.
+
     Raises:
         UsageError: an unknown variant, corpus, protocol or shape.
-        ModelError, CheckpointError, CorpusError, FormatError, OutputError: input or output that cannot be used.
+        ModelError, CheckpointError, CorpusError, OutputError: input or output that cannot be used.
+        FormatError, KernelError: a row that was asked for does not fit a layer or finds no kernel; the row and the layer are named.
     """
     settings = settings or CompareSettings()
     rows = parse_variants(variants) if variants is None or isinstance(variants, str) else tuple(variants)
     if not rows or rows[0].name != BASELINE.name:
         raise UsageError("the first variant of a comparison is the BF16 baseline", "put BASELINE first")
-    steps = Steps(progress, total=2 + 3 * len(rows) + (1 + 2 * len(rows) if shapes else 0))
     started, started_at, load = time.time(), datetime.now(UTC).isoformat(timespec="seconds"), _OtherLoad()
 
     # Everything that can be wrong with the input is found before anything slow begins.
@@ -98,7 +103,11 @@ def compare(
     windows = make_windows(protocol, text, source.tokenizer(), source.config, seed=settings.seed, max_tokens=settings.max_tokens)
     shapes_subject = Subject(shapes=shapes, seed=settings.seed) if shapes else None
     shapes_source = shapes_subject.open() if shapes_subject else None
+    named = variants is not None
+    model_rows, left_out = _fitting(rows, source, settings, named)
+    shapes_rows, shapes_left_out = _fitting(rows, shapes_source, settings, named) if shapes_source else ((), [])
 
+    steps = Steps(progress, total=2 + 3 * len(model_rows) + (1 + 2 * len(shapes_rows) if shapes else 0))
     steps.next("machine: bandwidth and GEMM rate")
     machine = measure_machine()
     with PeakMeter() as meter:
@@ -106,13 +115,12 @@ def compare(
         steps.next(f"{BASELINE.label}: noise floor on {text.name}")
         reference = Reference(section.baseline, windows)
         floor = noise_floor(reference)
-        measured = [section.measure(row, reference) for row in rows]
+        measured = [section.measure(row, reference) for row in model_rows]
         shapes_result = None
         if shapes_subject is not None and shapes_source is not None:
             steps.next(f"{shapes}: random weights")
             stack = Section(shapes_subject, shapes_source, machine, settings, steps, meter)
-            shapes_rows = [stack.measure(row) for row in rows]
-            shapes_result = ShapesResult(stack.model_info, shapes_rows, stack.note)
+            shapes_result = ShapesResult(stack.model_info, [stack.measure(row) for row in shapes_rows], stack.note)
 
     results = CompareResults(
         command=command or shlex.join(["fewbit", *sys.argv[1:]]),
@@ -126,7 +134,7 @@ def compare(
         protocol=windows.info,
         noise_floor=floor,
         shapes=shapes_result,
-        warnings=load.warnings(),
+        warnings=[*left_out, *shapes_left_out, *load.warnings()],
     )
     results = replace(results, conclusions=conclude(results))
     if out is not None:
@@ -134,6 +142,35 @@ def compare(
         build_report(out)
     steps.finish()
     return results
+
+
+def _fitting(
+    rows: Sequence[Variant], source: TensorSource, settings: SectionSettings, named: bool
+) -> tuple[tuple[Variant, ...], list[str]]:
+    """The rows that this model can have, and a sentence for each that it cannot.
+
+    Raises:
+        FewbitError: a row does not fit though it is the baseline, was named, or, under `strict`, has no fused kernel here.
+    """
+    fitting: list[Variant] = []
+    left_out = []
+    for row in rows:
+        try:
+            check_fits(source, row.quantization(strict=settings.strict))
+        except (FormatError, KernelError, UnsupportedModelError) as error:
+            if row.name == BASELINE.name:
+                raise
+            if named or (settings.strict and isinstance(error, KernelError)):
+                raise _of_row(error, row) from error
+            left_out.append(f"{row.label} ({row.name}) was left out on {source.describe()}: {error}.")
+        else:
+            fitting.append(row)
+    return tuple(fitting), left_out
+
+
+def _of_row(error: FewbitError, row: Variant) -> FewbitError:
+    """The same error, with the row's name in front."""
+    return type(error)(f"variant '{row.name}': {error.problem}", error.remedy)
 
 
 class _OtherLoad:

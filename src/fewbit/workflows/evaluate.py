@@ -20,7 +20,7 @@ from fewbit.evaluate.quality import Progress, Reference, bits_per_byte, evaluate
 from fewbit.formats.spec import Scheme, get_scheme
 from fewbit.results import EvaluateResults, NoiseFloor, QualityResult
 from fewbit.runtime.config import QuantizationConfig
-from fewbit.runtime.load import load_model
+from fewbit.runtime.load import check_fits, load_model
 from fewbit.runtime.sources import TensorSource, open_source
 
 __all__ = ["evaluate"]
@@ -65,6 +65,7 @@ def evaluate(
     text = load_corpus(corpus, texts)
     source = open_source(model)
     chosen = named or source.scheme or get_scheme("BF16")
+    check_fits(source, QuantizationConfig(chosen))
     windows = make_windows(protocol, text, source.tokenizer(), source.config, seed=seed, max_tokens=max_tokens)
 
     def telling(what: str) -> Progress | None:

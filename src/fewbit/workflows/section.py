@@ -21,7 +21,6 @@ from fewbit.evaluate.quality import Reference, evaluate_quality
 from fewbit.models.accounting import parameter_count
 from fewbit.models.shapes import shapes_config
 from fewbit.results import MachineResult, MemoryResult, ModelInfo, VariantResult
-from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.load import LoadedModel, load_model
 from fewbit.runtime.sources import RandomSource, TensorSource, open_source
 from fewbit.workflows.variants import BASELINE, Variant
@@ -135,7 +134,7 @@ class Section:
         self._settings = settings
         self._steps = steps
         self._meter = meter
-        self.baseline = load_model(source, QuantizationConfig(BASELINE.scheme))
+        self.baseline = load_model(source, BASELINE.quantization())
         config = self.baseline.config.get_text_config(decoder=True)
         layers = int(config.num_hidden_layers)
         self._scale = LayerScale(layers, shapes_config(subject.shapes).num_hidden_layers if subject.shapes else layers)
@@ -161,7 +160,7 @@ class Section:
     def _load(self, variant: Variant) -> LoadedModel:
         """The variant's model. One that changes only the KV cache shares the baseline's weights."""
         if variant.changes_linears:
-            return load_model(self._source, QuantizationConfig(variant.scheme, kernel=variant.kernel, strict=self._settings.strict))
+            return load_model(self._source, variant.quantization(strict=self._settings.strict))
         return replace(self.baseline, scheme=variant.scheme)
 
     def _memory(self, variant: Variant, loaded: LoadedModel) -> MemoryResult:
@@ -171,6 +170,7 @@ class Section:
             shapes=self._subject.shapes,
             num_layers=self._scale.layers_measured if self._subject.shapes else None,
             kernel=variant.kernel,
+            prompt_tokens=max(1, min(PeakRequest.prompt_tokens, self._positions - PeakRequest.decode_steps)),
             threads=torch.get_num_threads(),
         )
         memory = memory_result(

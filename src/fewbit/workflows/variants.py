@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fewbit.errors import UsageError
 from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
 from fewbit.results import VariantInfo
+from fewbit.runtime.config import QuantizationConfig
 
 __all__ = ["BASELINE", "DEFAULT_VARIANTS", "VARIANTS", "Variant", "parse_variants"]
 
@@ -39,6 +40,10 @@ class Variant:
     def changes_linears(self) -> bool:
         """Whether the linears run another kernel than in BF16; KV-cache variants keep them as they are."""
         return self.scheme.weights is not None
+
+    def quantization(self, *, strict: bool = False) -> QuantizationConfig:
+        """How a model is loaded for this row."""
+        return QuantizationConfig(self.scheme, kernel=self.kernel, strict=strict)
 
     def info(self) -> VariantInfo:
         """The row's description as it stands in a results file."""
