@@ -7,6 +7,7 @@ the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -341,6 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     # `--debug` may stand anywhere, also behind the command's own options.
     arguments = ["--debug"] * debug + [a for a in arguments if a != "--debug"]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for programmers; an error of ours is one line
     try:
         app(args=arguments)
     except KeyboardInterrupt:

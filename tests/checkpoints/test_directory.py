@@ -77,3 +77,8 @@ def test_a_tensor_twice_is_a_bug(tmp_path: Path) -> None:
         shards.add("a", torch.ones(1))
         shards.add("a", torch.ones(1))
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_root_of_the_file_system_is_refused() -> None:
+    with pytest.raises(OutputError, match="cannot be replaced"), output_directory("/", overwrite=True):
+        pass

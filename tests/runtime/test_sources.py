@@ -148,3 +148,18 @@ def test_random_source() -> None:
     assert source.get("model.norm.weight").eq(1).all()
     with pytest.raises(ModelNotFoundError, match="random weights"):
         source.tokenizer()
+
+
+@pytest.mark.parametrize("value", ["abc", -1, 0, 1.5, True, [1]])
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "max_position_embeddings"])
+def test_what_counts_something_is_a_positive_integer(name: str, value: object, llama: Path) -> None:
+    edit_config(llama, **{name: value})
+    with pytest.raises(CheckpointError, match=rf"config.json' says {name} = "):
+        DirectorySource(llama)
+
+
+def test_a_known_architecture_with_wrong_fields_is_not_called_unknown(llama: Path) -> None:
+    edit_config(llama, rms_norm_eps="small")
+    with pytest.raises(CheckpointError, match=r"does not fit the architecture 'llama': .*rms_norm_eps") as caught:
+        DirectorySource(llama)
+    assert "\n" not in str(caught.value)

@@ -25,7 +25,7 @@ from fewbit.checkpoints.compressed_tensors import CompressedTensorsReader
 from fewbit.checkpoints.directory import ShardWriter
 from fewbit.checkpoints.model_card import model_card
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
-from fewbit.errors import CheckpointError, FewbitError, FormatError, ModelNotFoundError, OutputError, UsageError
+from fewbit.errors import CheckpointError, FewbitError, FormatError, ModelNotFoundError, OutputError, UnsupportedModelError, UsageError
 from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import get_scheme
 from fewbit.methods.rtn import rtn
@@ -269,3 +269,11 @@ def test_a_killed_run_leaves_only_the_partial_directory(tiny_llama_dir: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     quantize_model(tiny_llama_dir, scheme="W4A16", out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_conv1d_models_are_refused_by_name(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UnsupportedModelError, match="Conv1D"):
+        quantize_model(tmp_path / "gpt2", scheme="W8A16", out=tmp_path / "out")

@@ -56,6 +56,8 @@ def output_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         OutputError: `path` is a file, or a directory with something in it that may not be replaced; or the system refuses a write.
     """
     target = Path(path).absolute()
+    if not target.name:
+        raise OutputError(f"'{target}' cannot be replaced", "name a directory")
     partial = target.with_name(f"{target.name}.partial")
     with _translated(target):
         _check_target(target, overwrite)

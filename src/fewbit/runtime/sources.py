@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
 from fewbit.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
@@ -32,6 +32,7 @@ __all__ = ["DirectorySource", "RandomSource", "TensorSource", "open_source"]
 # Everything a causal language model needs, and nothing that could run code: no pickle, no Python.
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -302,19 +303,28 @@ def _read_config(path: Path) -> PretrainedConfig:
         raise CheckpointError(f"'{file}' cannot be read: {_first_line(error)}", "download it again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"'{file}' holds no JSON object", "download it again")
+    _check_counts(raw, file)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration class may raise anything on values that it does not expect
         kind = raw.get("model_type")
-        remedy = (
-            "fewbit runs no code from checkpoints"
-            if "auto_map" in raw
-            else "check config.json, or upgrade transformers if the model is newer than it"
-        )
-        raise UnsupportedModelError(
-            f"transformers does not know the architecture '{kind}' of '{file}' ({_first_line(error)})", remedy
-        ) from error
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"'{file}' does not fit the architecture '{kind}': {_one_line(error)}", "repair or download it again"
+            ) from error
+        remedy = "fewbit runs no code from checkpoints" if "auto_map" in raw else "upgrade transformers if the model is newer than it"
+        raise UnsupportedModelError(f"transformers does not know the architecture '{kind}' of '{file}'", remedy) from error
     return config
+
+
+def _check_counts(raw: dict[str, Any], file: Path) -> None:
+    """What counts something must be a positive integer; transformers accepts a negative vocabulary and fails much later."""
+    nested = raw.get("text_config")
+    for fields in (raw, nested if isinstance(nested, dict) else {}):
+        for name in _COUNTS:
+            value = fields.get(name)
+            if name in fields and value is not None and (type(value) is not int or value < 1):
+                raise CheckpointError(f"'{file}' says {name} = {value!r}, which is no positive integer", "repair or download it again")
 
 
 def _quantized_reader(path: Path, config: PretrainedConfig) -> Any:
@@ -342,6 +352,10 @@ def _cut_layers(config: PretrainedConfig, num_layers: int | None) -> PretrainedC
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_layers]
     return config
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from typing import get_args
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fewbit.checkpoints.compressed_tensors import CompressedTensorsReader, layout_format, quantization_config, supports, write_linear
 from fewbit.checkpoints.directory import MAX_SHARD_BYTES, ShardWriter, output_directory
@@ -179,6 +180,10 @@ def _plan(source: TensorSource, scheme: Scheme, ignore: tuple[str, ...]) -> _Pla
     if source.scheme is not None:
         raise UsageError(f"'{source.describe()}' is quantized already ({source.scheme.name})", "name the model in high precision")
     empty = build_empty_model(source.config)
+    if any(isinstance(module, Conv1D) for module in empty.modules()):
+        raise UnsupportedModelError(
+            f"'{source.describe()}' has Conv1D layers, which no layout of compressed-tensors holds", "choose another model"
+        )
     linears = {name: (m.out_features, m.in_features) for name, m in empty.named_modules() if isinstance(m, nn.Linear)}
     for pattern in ignore:
         if pattern != "lm_head" and not any(is_ignored(name, (pattern,)) for name in linears):

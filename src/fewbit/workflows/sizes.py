@@ -19,6 +19,6 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or float(match.group(1)) <= 0:
+    if match is None or unit is None or not 0 < float(match.group(1)) < 1e18:
         raise UsageError(f"'{text}' is not a size", "write for example 8GiB or 500MB")
     return int(float(match.group(1)) * unit)
