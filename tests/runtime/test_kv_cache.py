@@ -129,6 +129,15 @@ def test_crop_and_continue(name: str) -> None:
         assert torch.equal(new[:, :, 73:], last) or scheme.kv_residual_window == 0
 
 
+def test_a_positive_crop_is_refused() -> None:
+    """It meant the length to keep in older transformers; taken as a number to remove, the wrong tokens would go."""
+    cache = KVCache(CONFIG, get_scheme("KV-INT8"))
+    fill(cache, *states(20), chunk=20)
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(5)
+    assert cache.get_seq_length() == 20
+
+
 def test_crop_everything_and_reset() -> None:
     cache = KVCache(CONFIG, get_scheme("KV-INT4"))
     fill(cache, *states(100), chunk=50)

@@ -223,9 +223,12 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens; their number is given negative, as transformers does."""
+        """Remove the newest tokens; their number is given negative, as transformers does. (A positive number meant the length to keep up to
+        transformers 5.17 and is an error since: guessing would drop the wrong tokens.)"""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         if self._streams is not None and tokens_to_remove:
-            kept = max(self.get_seq_length() - abs(tokens_to_remove), 0)
+            kept = max(self.get_seq_length() + tokens_to_remove, 0)
             for stream in self._streams:
                 stream.crop(kept)
 
