@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
 app = typer.Typer(
     name="fewbit",
     help="Which quantization to deploy: measures memory, latency and quality of the same weights together, makes the checkpoint, says why.",
@@ -345,8 +347,12 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for programmers; an error of ours is one line
     try:
         app(args=arguments)
+    except SystemExit as stop:
+        if stop.code != _INTERRUPTED:
+            raise
+        _fail("interrupted", _INTERRUPTED, debug)  # typer turns Ctrl-C into an exit without a word
     except KeyboardInterrupt:
-        _fail("interrupted", 130, debug)
+        _fail("interrupted", _INTERRUPTED, debug)
     except FewbitError as error:
         _fail(str(error), 2, debug)
     except OSError as error:

@@ -191,3 +191,17 @@ def test_installed_command_exits_with_two_and_one_line() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("fewbit: error: ") and done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fewbit.workflows import quantize
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "rtn", interrupt)
+    assert run("quantize", tiny_llama_dir, "--scheme", "W4A16", "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err == "fewbit: error: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
