@@ -37,15 +37,19 @@ app = typer.Typer(
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="A local Hugging Face directory or a hub id; the bundled reference model when left out."),
+    typer.Argument(metavar="MODEL", help="A local Hugging Face directory or a hub id; the bundled reference model when left out."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout instead of tables.")]
 TextOption = Annotated[
     list[Path] | None, typer.Option("--text", help="Measure quality on this UTF-8 file; may be repeated.", metavar="FILE")
 ]
-CorpusOption = Annotated[str | None, typer.Option(help="stdlib (default), wikitext2 (from the hub) or wikitext2:FILE.")]
-ProtocolOption = Annotated[str | None, typer.Option(help="stdlib, standard-2048 or lab-512; the corpus's own when left out.")]
-StrictOption = Annotated[bool, typer.Option(help="Fail instead of running a slower kernel where a fused one exists for the format.")]
+CorpusOption = Annotated[str | None, typer.Option(metavar="NAME", help="stdlib (default), wikitext2 (from the hub) or wikitext2:FILE.")]
+ProtocolOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="stdlib, standard-2048 or lab-512; the corpus's own when left out.")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Fail instead of running a slower kernel where a fused one exists for the format.")
+]
 
 
 def _example(text: str) -> str:
@@ -94,7 +98,7 @@ def _root(
         ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice when left out.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; torch's own choice when left out.", min=1)] = None,
 ) -> None:
     if threads is not None:
         import torch
@@ -105,23 +109,29 @@ def _root(
 @app.command(epilog=_example("fewbit compare --variants bf16,int8-w8a16,int4-w4a16 --out results/compare"))
 def compare(
     model: ModelArgument = None,
-    variants: Annotated[str | None, typer.Option(help="Comma-separated rows or schemes; all default rows when left out.")] = None,
+    variants: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Comma-separated rows or schemes; all default rows when left out.")
+    ] = None,
     text: TextOption = None,
     corpus: CorpusOption = None,
     protocol: ProtocolOption = None,
     shapes: Annotated[
-        str | None, typer.Option(help="Add latency and memory on random weights in these real shapes, e.g. qwen2.5-1.5b.")
+        str | None, typer.Option(metavar="NAME", help="Add latency and memory on random weights in these real shapes, e.g. qwen2.5-1.5b.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write results.json, results.csv, figures and report.html here.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens that quality is measured on; 0 for the whole corpus.", min=0)] = 32_768,
-    threshold: Annotated[float, typer.Option(help="Largest increase of perplexity over BF16 that passes, in percent.", min=0.0)] = 5.0,
-    prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill measurement.", min=1)] = 512,
-    context: Annotated[int, typer.Option(help="Tokens in the KV cache while decode is measured.", min=1)] = 128,
-    memory_budget: Annotated[str, typer.Option(help="Memory in which sequences are fitted, e.g. 8GiB.")] = "8GiB",
-    kv_context: Annotated[int, typer.Option(help="Length of those sequences; cut to the model's maximum.", min=1)] = 4096,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Tokens that quality is measured on; 0 for the whole corpus.", min=0)
+    ] = 32_768,
+    threshold: Annotated[
+        float, typer.Option(metavar="PERCENT", help="Largest increase of perplexity over BF16 that passes, in percent.", min=0.0)
+    ] = 5.0,
+    prompt_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Prompt length of the prefill measurement.", min=1)] = 512,
+    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens in the KV cache while decode is measured.", min=1)] = 128,
+    memory_budget: Annotated[str, typer.Option(metavar="SIZE", help="Memory in which sequences are fitted, e.g. 8GiB.")] = "8GiB",
+    kv_context: Annotated[int, typer.Option(metavar="TOKENS", help="Length of those sequences; cut to the model's maximum.", min=1)] = 4096,
     counters: Annotated[bool, typer.Option("--counters", help="Also read hardware counters, where perf is there.")] = False,
     strict: StrictOption = False,
-    seed: Annotated[int, typer.Option(help="For sampling text and for random weights.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="For sampling text and for random weights.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Measure memory, latency and quality of each quantization of one model together, and say what to conclude."""
@@ -172,16 +182,18 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A dire
 @app.command(epilog=_example("fewbit evaluate --scheme W4A16"))
 def evaluate(
     model: ModelArgument = None,
-    scheme: Annotated[str | None, typer.Option(help="The scheme to evaluate; the checkpoint's own when left out.")] = None,
+    scheme: Annotated[str | None, typer.Option(metavar="NAME", help="The scheme to evaluate; the checkpoint's own when left out.")] = None,
     against: Annotated[
         str | None, typer.Option(help="The model in high precision to compare with; MODEL itself in BF16 when left out.")
     ] = None,
     text: TextOption = None,
     corpus: CorpusOption = None,
     protocol: ProtocolOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens that are scored; 0 for the whole corpus.", min=0)] = 0,
-    threshold: Annotated[float, typer.Option(help="Largest increase of perplexity over BF16 that passes, in percent.", min=0.0)] = 5.0,
-    seed: Annotated[int, typer.Option(help="For sampling text.")] = 0,
+    max_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens that are scored; 0 for the whole corpus.", min=0)] = 0,
+    threshold: Annotated[
+        float, typer.Option(metavar="PERCENT", help="Largest increase of perplexity over BF16 that passes, in percent.", min=0.0)
+    ] = 5.0,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="For sampling text.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Measure perplexity and, for a quantized scheme, its difference to BF16 with KL divergence and flips.
@@ -210,11 +222,11 @@ def evaluate(
 @app.command(epilog=_example("fewbit bench --shapes qwen2.5-1.5b --scheme W4A16"))
 def bench(
     model: ModelArgument = None,
-    shapes: Annotated[str | None, typer.Option(help="Random weights in these real shapes, in place of a model.")] = None,
-    scheme: Annotated[str, typer.Option(help="The scheme to time against BF16.")] = "W4A16",
-    kernel: Annotated[str | None, typer.Option(help="A kernel's name, or 'unfused'; the fastest when left out.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill measurement.", min=1)] = 512,
-    context: Annotated[int, typer.Option(help="Tokens in the KV cache while decode is measured.", min=1)] = 128,
+    shapes: Annotated[str | None, typer.Option(metavar="NAME", help="Random weights in these real shapes, in place of a model.")] = None,
+    scheme: Annotated[str, typer.Option(metavar="NAME", help="The scheme to time against BF16.")] = "W4A16",
+    kernel: Annotated[str | None, typer.Option(metavar="NAME", help="A kernel's name, or 'unfused'; the fastest when left out.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Prompt length of the prefill measurement.", min=1)] = 512,
+    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens in the KV cache while decode is measured.", min=1)] = 128,
     machine: Annotated[bool, typer.Option("--machine", help="Measure only the machine: bandwidth, GEMM rate, time per operator.")] = False,
     counters: Annotated[bool, typer.Option("--counters", help="Also read hardware counters, where perf is there.")] = False,
     json: JsonOption = False,
@@ -243,11 +255,13 @@ def bench(
 def quantize(
     model: ModelArgument = None,
     *,
-    scheme: Annotated[str, typer.Option(help="Which tensors get which number format, e.g. W4A16, W8A8, FP8.")],
+    scheme: Annotated[str, typer.Option(metavar="NAME", help="Which tensors get which number format, e.g. W4A16, W8A8, FP8.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory; work in progress lives in DIR.partial.")],
-    method: Annotated[str, typer.Option(help="How the numbers are chosen.")] = "rtn",
-    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale, in place of the scheme's.", min=1)] = None,
-    observer: Annotated[str, typer.Option(help="How scales are chosen: minmax or mse.")] = "minmax",
+    method: Annotated[str, typer.Option(metavar="NAME", help="How the numbers are chosen.")] = "rtn",
+    group_size: Annotated[
+        int | None, typer.Option(metavar="SIZE", help="Weights that share a scale, in place of the scheme's.", min=1)
+    ] = None,
+    observer: Annotated[str, typer.Option(metavar="NAME", help="How scales are chosen: minmax or mse.")] = "minmax",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -273,12 +287,12 @@ def quantize(
 def generate(
     model: ModelArgument = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "import ",
-    scheme: Annotated[str | None, typer.Option(help="The scheme to run; the checkpoint's own when left out.")] = None,
-    kernel: Annotated[str | None, typer.Option(help="A kernel's name, or 'unfused'; the fastest when left out.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    scheme: Annotated[str | None, typer.Option(metavar="NAME", help="The scheme to run; the checkpoint's own when left out.")] = None,
+    kernel: Annotated[str | None, typer.Option(metavar="NAME", help="A kernel's name, or 'unfused'; the fastest when left out.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the most likely token.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(metavar="P", min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="For sampling.")] = 0,
     strict: StrictOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -326,8 +340,8 @@ def formats(
 
 @app.command(epilog=_example("fewbit kernels --out-features 8960 --in-features 1536"))
 def kernels(
-    out_features: Annotated[int, typer.Option(help="Rows of the weight.", min=1)] = 4096,
-    in_features: Annotated[int, typer.Option(help="Columns of the weight.", min=1)] = 4096,
+    out_features: Annotated[int, typer.Option(metavar="N", help="Rows of the weight.", min=1)] = 4096,
+    in_features: Annotated[int, typer.Option(metavar="N", help="Columns of the weight.", min=1)] = 4096,
     json: JsonOption = False,
 ) -> None:
     """Show which kernel this machine runs for each scheme, and why not the others."""
