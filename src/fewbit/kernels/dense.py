@@ -1,7 +1,8 @@
 """The matmul of an unquantized weight: torch's own F.linear.
 
-It is the baseline that every quantized kernel is compared with, so it runs what a model would run without fewbit. Resident: the weight
-itself, [out, in], 2 bytes each in BF16. At M = 1 it reads all of them once and does two operations per weight: bandwidth-bound.
+It is the baseline that every quantized kernel is compared with, so it has to be a good one: single-token steps take the faster of torch's
+two paths (`kernels.gemv`). Resident: the weight itself, [out, in], 2 bytes each in BF16. At M = 1 it reads all of them once and does two
+operations per weight: bandwidth-bound.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class DenseKernel(Kernel):
     """F.linear over the weight in high precision."""
 
     name = "dense"
-    description = "high-precision weight, torch F.linear"
+    description = "high-precision weight, torch F.linear; single tokens by torch's own GEMV on CPUs with AVX-512, else oneDNN"
     fused = True
     priority = 0  # what an unquantized weight gets when nothing better is there
 

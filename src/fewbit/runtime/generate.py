@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbit.errors import UsageError
+from fewbit.kernels.gemv import single_token
 from fewbit.models.accounting import check_token_ids
 from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.load import LoadedModel
@@ -62,7 +63,8 @@ def decode_step(loaded: LoadedModel, token: torch.Tensor, cache: KVCache) -> tor
     Returns:
         Logits, [batch, vocabulary], in the model's dtype.
     """
-    output = loaded.model(input_ids=token.to(loaded.model.device), past_key_values=cache, use_cache=True)
+    with single_token(token.shape[0], loaded.model.device):
+        output = loaded.model(input_ids=token.to(loaded.model.device), past_key_values=cache, use_cache=True)
     logits: torch.Tensor = output.logits[:, -1]
     return logits
 
