@@ -360,17 +360,18 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = ["--debug"] * debug + [a for a in arguments if a != "--debug"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for programmers; an error of ours is one line
     try:
-        app(args=arguments)
-    except SystemExit as stop:
-        if stop.code != _INTERRUPTED:
-            raise
-        _fail("interrupted", _INTERRUPTED, debug)  # typer turns Ctrl-C into an exit without a word
-    except KeyboardInterrupt:
-        _fail("interrupted", _INTERRUPTED, debug)
+        code = app(args=arguments or ["--help"], prog_name="fewbit", standalone_mode=False)
+    except typer.TyperException as error:  # a command, option or value that does not parse
+        command = next((a for a in arguments if not a.startswith("-")), "")
+        known = command in {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
+        _fail(f"{error.format_message().rstrip('.')}; see fewbit {f'{command} ' if known else ''}--help", 2, debug)
     except FewbitError as error:
         _fail(str(error), 2, debug)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2, debug)
+    if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+        sys.stderr.write("fewbit: error: interrupted\n")
+    raise SystemExit(code)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

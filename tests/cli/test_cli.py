@@ -178,6 +178,18 @@ def test_group_size_that_does_not_divide(tiny_llama_dir: Path, tmp_path: Path, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments", [["compare", "--nope"], ["nope"], ["quantize", "--out", "x"], ["compare", "--seed", "many"], ["bench", "a", "b"]]
+)
+def test_a_command_line_that_does_not_parse(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--help" in fails(capsys, *arguments)
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    assert "Usage: fewbit" in capsys.readouterr().out
+
+
 def test_debug_shows_the_traceback(tiny_llama_dir: Path) -> None:
     from fewbit.errors import UsageError
 

@@ -51,8 +51,8 @@ class LatencySettings:
     prompt_tokens: int = 512
     context_tokens: int = 128
     decode_steps: int = 120
-    budget_s: float = 6.0
-    prefill_repetitions: int = 5
+    budget_s: float = 4.0
+    prefill_repetitions: int = 3
     generate_prompt_tokens: int = 32
     counters: bool = False
     seed: int = 0

@@ -48,7 +48,9 @@ def prefill(loaded: LoadedModel, input_ids: torch.Tensor, cache: KVCache) -> tor
     Returns:
         Logits after the last token, [batch, vocabulary], in the model's dtype.
     """
-    output = loaded.model(input_ids=input_ids.to(loaded.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # An index, not `1`: the slice that transformers takes for a number is not contiguous, and torch then copies the whole head for one row.
+    last = torch.tensor([input_ids.shape[1] - 1], device=loaded.model.device)
+    output = loaded.model(input_ids=input_ids.to(loaded.model.device), past_key_values=cache, use_cache=True, logits_to_keep=last)
     logits: torch.Tensor = output.logits[:, -1]
     return logits
 
