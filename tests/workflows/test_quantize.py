@@ -277,3 +277,14 @@ def test_conv1d_models_are_refused_by_name(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UnsupportedModelError, match="Conv1D"):
         quantize_model(tmp_path / "gpt2", scheme="W8A16", out=tmp_path / "out")
+
+
+def test_a_checkpoint_with_other_names_than_the_models_is_refused(tmp_path: Path) -> None:
+    """GPT-NeoX stores its head as `embed_out`; a copy of that name would be a checkpoint that does not load."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    with pytest.raises(UnsupportedModelError, match=r"has no tensor 'lm_head\.weight'"):
+        quantize_model(tmp_path / "neox", scheme="W8A16", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

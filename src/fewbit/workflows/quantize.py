@@ -205,6 +205,13 @@ def _plan(source: TensorSource, scheme: Scheme, ignore: tuple[str, ...]) -> _Pla
                 "it is tied or stored under another name: leave this linear out",
             )
         _checked_for(name, scheme.weights, rows, columns)
+    tied = {name for pair in empty.all_tied_weights_keys.items() for name in pair}
+    missing = next((name for name, _ in empty.named_parameters() if name not in present | tied), None)
+    if missing is not None:
+        raise UnsupportedModelError(
+            f"'{source.describe()}' has no tensor '{missing}': it stores tensors under other names than the model's",
+            "such a checkpoint cannot be written yet; compare, evaluate, bench and generate read it",
+        )
     extra = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and name not in known]
     return _Plan(source.directory, quantized, [name for name in linears if name not in quantized] + extra)
 
