@@ -262,6 +262,10 @@ def quantize(
         int | None, typer.Option(metavar="SIZE", help="Weights that share a scale, in place of the scheme's.", min=1)
     ] = None,
     observer: Annotated[str, typer.Option(metavar="NAME", help="How scales are chosen: minmax or mse.")] = "minmax",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Linears that stay in high precision besides lm_head, e.g. '*.down_proj'; may be repeated."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -277,6 +281,7 @@ def quantize(
             out=out,
             group_size=group_size,
             observer=observer,
+            ignore=("lm_head", *(ignore or ())),
             overwrite=overwrite,
             progress=progress,
         )

@@ -92,6 +92,16 @@ def test_quantize_then_generate_from_the_checkpoint(tiny_llama_dir: Path, tmp_pa
     assert any(use["kernel"] != "dense" for use in made["kernels"])
 
 
+def test_quantize_leaves_out_what_is_ignored(tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize", tiny_llama_dir, "--scheme", "W8A16", "--ignore", "*.down_proj", "--out", tmp_path / "out", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["quantized_linears"] == 12
+    assert sum(name.endswith("down_proj") for name in made["ignored_linears"]) == 2
+    assert "matches no linear" in fails(
+        capsys, "quantize", tiny_llama_dir, "--scheme", "W8A16", "--ignore", "nope", "--out", tmp_path / "b"
+    )
+
+
 def test_generate_streams_the_text_it_returns(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", tiny_llama_dir, "--prompt", "import", "--max-new-tokens", "6", "--json") == 0
     text = json.loads(capsys.readouterr().out)["text"]
