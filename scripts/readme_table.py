@@ -42,7 +42,7 @@ def _row(row: VariantResult, latency: LatencyResult | None) -> list[str]:
     return [
         row.variant.label,
         f"{bits:.2f}" if bits is not None else "16",
-        f"{quality.perplexity.value:.2f} ({quality.perplexity_delta_percent.value:+.2f} %)" if quality else "",
+        f"{quality.perplexity.value:.2f} ({round(quality.perplexity_delta_percent.value, 2) + 0.0:+.2f} %)" if quality else "",
         f"{quality.flip_share.value:.1%}" if quality else "",
         f"{latency.decode_ms_p50:.1f} ms ({latency.speedup_over_bf16.value:.2f}x)" if latency else "",
         ", ".join(f"{use.kernel}{'' if use.fused else ' (unfused)'}" for use in row.kernels),
