@@ -200,7 +200,8 @@ class LatencyResult:
         speedup_over_bf16: median of the paired ratios BF16 / variant of decode time, with its interval.
         achieved_weight_gb_s: resident weight bytes read per step over the median step, 1e9 bytes per second.
         traffic_gb_s: the same with the copies that an unfused kernel writes and reads.
-        bandwidth_share: traffic_gb_s over the machine's measured bandwidth.
+        read_bandwidth_gb_s: DRAM reads measured beside this row's decode steps; None in older files, whose shares refer to the machine's.
+        bandwidth_share: traffic_gb_s over that bandwidth.
         compute_share: operations of the step over the machine's measured GEMM rate.
         overhead_share: time of a decode step with all linears and the cache emptied, over the median step.
         prefill_compute_share, prefill_overhead_share: the same for the prefill.
@@ -233,6 +234,7 @@ class LatencyResult:
     operators: OperatorTimes
     scaled: bool = False
     counters: Counters | None = None
+    read_bandwidth_gb_s: float | None = None
 
 
 @dataclass(frozen=True, config=_FROZEN)

@@ -65,7 +65,8 @@ def test_a_variant(bf16: LoadedModel, int4: LoadedModel) -> None:
     assert not result.scaled
     assert result.counters is None
     assert result.achieved_weight_gb_s == pytest.approx(result.weight_bytes_per_step / result.decode_ms_p50 / 1e6)
-    assert result.bandwidth_share == pytest.approx(result.traffic_bytes_per_step / result.decode_ms_p50 / 1e6 / 20.0)
+    assert result.read_bandwidth_gb_s is not None and result.read_bandwidth_gb_s > 0
+    assert result.bandwidth_share == pytest.approx(result.traffic_gb_s / result.read_bandwidth_gb_s)
     assert result.traffic_bytes_per_step > result.weight_bytes_per_step
     adapter = TypeAdapter(LatencyResult)
     assert adapter.validate_json(adapter.dump_json(result)) == result

@@ -10,6 +10,9 @@ A block after a switch begins with a step that is not counted while a step is sh
 takes fewer steps, as many as its time budget allows; `decode_n` says how many, and p99 is given from 100 on. Against itself the
 baseline's speed-up is 1 by definition, with the interval that two series of the very same model show: the noise that every other row's
 speed-up has to be read against.
+
+The memory bandwidth that a row's share refers to is probed right before and after its decode steps: on a virtual machine it can halve
+between the beginning of a comparison and its end, and a share of what the memory gave minutes ago says nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from fewbit.bench.bound import name_bound
 from fewbit.bench.counters import measure_counters
+from fewbit.bench.machine import measure_read_bandwidth
 from fewbit.bench.operators import measure_operators
 from fewbit.bench.percentiles import MIN_SAMPLES_FOR_INTERVAL, MIN_SAMPLES_FOR_P99, median, median_interval, percentile
 from fewbit.bench.scaling import LayerScale
@@ -125,15 +129,17 @@ def measure_latency(
         for loaded in (variant, baseline)
     )
     is_baseline = variant.model is baseline.model and variant.scheme == baseline.scheme
+    before = measure_read_bandwidth(passes=1, device=ours.device)[0]
     decode = _measure_decode(theirs, ours, settings)
+    bandwidth = (before + measure_read_bandwidth(passes=1, device=ours.device)[0]) / 2
     prefills = _measure_prefill(theirs, ours, settings)
     p50, prefill_ms = median(decode.times), median(prefills.times)
     raw_ms = ours.raw_step()  # what a step takes here and now; `p50` may be scaled to layers that are not there
     overhead = _overhead_share(ours, replace(variant, scheme=baseline.scheme), raw_ms, settings)
     step = step_cost(variant, scale, tokens=1, context=settings.context_tokens)
     prompt = step_cost(variant, scale, tokens=settings.prompt_tokens, context=0)
-    shares = _Shares.of(step, p50, overhead, machine)
-    prefill_shares = _Shares.of(prompt, prefill_ms, overhead * p50 / prefill_ms, machine)
+    shares = _Shares.of(step, p50, overhead, machine, bandwidth)
+    prefill_shares = _Shares.of(prompt, prefill_ms, overhead * p50 / prefill_ms, machine, bandwidth)
     operators = measure_operators(variant.model, ours.raw_step, steps=_affordable(raw_ms, 10), scale=scale, device=ours.device)
     return LatencyResult(
         prefill_tokens=settings.prompt_tokens,
@@ -152,6 +158,7 @@ def measure_latency(
         traffic_bytes_per_step=step.traffic_bytes,
         achieved_weight_gb_s=step.weight_bytes / p50 / 1e6,
         traffic_gb_s=step.traffic_bytes / p50 / 1e6,
+        read_bandwidth_gb_s=bandwidth,
         bandwidth_share=shares.bandwidth,
         compute_share=shares.compute,
         overhead_share=shares.overhead,
@@ -175,8 +182,8 @@ class _Shares:
     bound: Bound
 
     @classmethod
-    def of(cls, cost: StepCost, milliseconds: float, overhead: float, machine: MachineResult) -> _Shares:
-        bandwidth = cost.traffic_bytes / milliseconds / 1e6 / machine.read_bandwidth_gb_s
+    def of(cls, cost: StepCost, milliseconds: float, overhead: float, machine: MachineResult, bandwidth_gb_s: float) -> _Shares:
+        bandwidth = cost.traffic_bytes / milliseconds / 1e6 / bandwidth_gb_s
         compute = cost.operations / milliseconds / 1e6 / machine.gemm_gflop_s
         return cls(bandwidth, compute, overhead, name_bound(overhead_share=overhead, bandwidth_share=bandwidth, compute_share=compute))
 

@@ -151,7 +151,7 @@ _ALL = (
         "Of memory",
         "latency/bandwidth_share",
         "share",
-        "Memory traffic of a step, an unfused kernel's copies included, as a share of the read bandwidth measured in this run.",
+        "Memory traffic of a step, an unfused kernel's copies included, as a share of the read bandwidth probed beside the steps.",
         "bandwidth",
     ),
     Column(
