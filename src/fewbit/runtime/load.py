@@ -102,9 +102,8 @@ def load_model(
     """Load the model of `source` with its linears in the formats of `config`.
 
     Args:
-        source: a checkpoint or random weights (`runtime.sources.open_source`). A checkpoint that is quantized already is loaded as
-        it is under its own scheme
-            (`source.scheme`), and dequantized under a scheme without weight format.
+        source: a checkpoint or random weights (`runtime.sources.open_source`). A checkpoint that is quantized already is loaded as it is
+            under its own scheme (`source.scheme`), and dequantized under a scheme without weight format.
         config: formats, kernel and what stays in high precision.
         device: where the model runs.
         dtype: of activations and of what stays in high precision: torch.bfloat16, float16 or float32.

@@ -145,7 +145,12 @@ class Section:
         self.note = f"scaled from {layers} of {total} layers with random weights" if self._scale.is_scaled else ""
 
     def measure(self, variant: Variant, reference: Reference | None = None) -> VariantResult:
-        """The variant's row: latency, quality (when there is a reference) and memory; three steps, or two."""
+        """The variant's row: latency, quality (when there is a reference) and memory; three steps, or two.
+
+        Raises:
+            FormatError, KernelError, CheckpointError: the variant cannot be made of these weights.
+            MeasurementError: a measurement failed, for example NaN logits.
+        """
         self._steps.next(f"{variant.label}: latency")
         loaded = self._load(variant)
         latency = measure_latency(self.baseline, loaded, self._machine, settings=self._latency, scale=self._scale)
