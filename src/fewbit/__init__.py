@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fewbit.checkpoints.sources import open_source
     from fewbit.errors import FewbitError
     from fewbit.formats.quantize import dequantize, quantize
     from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from fewbit.runtime.config import QuantizationConfig
     from fewbit.runtime.generate import generate
     from fewbit.runtime.load import LoadedModel, load_model
-    from fewbit.runtime.sources import open_source
     from fewbit.workflows.bench import bench as bench_model
     from fewbit.workflows.compare import CompareSettings, compare
     from fewbit.workflows.environment import environment
@@ -95,7 +95,7 @@ _HOMES = {
     "get_scheme": "fewbit.formats.spec:get_scheme",
     "list_kernels": "fewbit.workflows.kernels:list_kernels",
     "load_model": "fewbit.runtime.load:load_model",
-    "open_source": "fewbit.runtime.sources:open_source",
+    "open_source": "fewbit.checkpoints.sources:open_source",
     "quantize": "fewbit.formats.quantize:quantize",
     "quantize_model": "fewbit.workflows.quantize:quantize_model",
     "read_results": "fewbit.report.results_file:read_results",

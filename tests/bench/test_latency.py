@@ -18,12 +18,12 @@ from fewbit.bench.overhead import emptied, linears
 from fewbit.bench.scaling import LayerScale, StackClock
 from fewbit.bench.steps import StepRunner
 from fewbit.bench.traffic import step_cost
+from fewbit.checkpoints.sources import DirectorySource
 from fewbit.errors import MeasurementError
 from fewbit.formats.spec import get_scheme
 from fewbit.results import LatencyResult
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.load import LoadedModel, load_model
-from fewbit.runtime.sources import DirectorySource
 
 MACHINE = MachineResult(
     read_bandwidth_gb_s=20.0, bandwidth_method="made up", gemm_gflop_s=100.0, gemm_dtype="bfloat16", time_per_null_op_us=1.0

@@ -14,11 +14,11 @@ import torch
 from fewbit.bench import peak_worker
 from fewbit.bench.memory import PeakMeter, PeakRequest, memory_result, sequences_that_fit
 from fewbit.bench.scaling import LayerScale
+from fewbit.checkpoints.sources import DirectorySource
 from fewbit.errors import MeasurementError
 from fewbit.formats.spec import get_scheme
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.load import LoadedModel, load_model
-from fewbit.runtime.sources import DirectorySource
 
 MIB = 2**20
 STACK_WEIGHTS = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)

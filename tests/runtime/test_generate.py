@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fewbit.checkpoints.sources import DirectorySource
 from fewbit.errors import ModelError, UsageError
 from fewbit.formats.spec import get_scheme
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.generate import decode_step, generate, prefill
 from fewbit.runtime.load import LoadedModel, load_model
-from fewbit.runtime.sources import DirectorySource
 
 PROMPT = torch.arange(3, 23)[None]
 

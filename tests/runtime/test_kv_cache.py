@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, Qwen3NextConfig
 
+from fewbit.checkpoints.sources import DirectorySource
 from fewbit.errors import FormatError, MeasurementError, UnsupportedModelError
 from fewbit.formats.quantize import dequantize_dynamic, quantize_dynamic
 from fewbit.formats.spec import QuantSpec, Scheme, get_scheme
@@ -16,7 +17,6 @@ from fewbit.models.accounting import kv_scheme_bytes_per_token
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.load import load_model
-from fewbit.runtime.sources import DirectorySource
 
 CONFIG = LlamaConfig(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_hidden_layers=2)
 QUANTIZED = ["KV-INT8", "KV-FP8", "KV-INT4", "KV-INT4-KIVI"]

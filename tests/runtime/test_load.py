@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fewbit.checkpoints.sources import DirectorySource, RandomSource
 from fewbit.errors import CheckpointError, FormatError, UnsupportedModelError, UsageError
 from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import get_scheme
@@ -22,7 +23,6 @@ from fewbit.models.shapes import shapes_config
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.load import LoadedModel, load_model
-from fewbit.runtime.sources import DirectorySource, RandomSource
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gpt_neox", "opt", "phi3"]
 IDS = torch.arange(3, 43).view(2, 20)

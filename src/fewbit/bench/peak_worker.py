@@ -21,10 +21,10 @@ from typing import Any, TextIO
 
 import torch
 
+from fewbit.checkpoints.sources import RandomSource, open_source
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.generate import decode_step, prefill
 from fewbit.runtime.load import load_model
-from fewbit.runtime.sources import RandomSource, open_source
 
 __all__ = ["answer", "load_and_run", "main"]
 

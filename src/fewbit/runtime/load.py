@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from fewbit.checkpoints.sources import TensorSource
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedModelError, UsageError
 from fewbit.formats.cost import storage_bytes
 from fewbit.formats.grouping import scale_shape
@@ -39,7 +40,6 @@ from fewbit.results import KernelUse
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.linear import QuantLinear, kernel_uses
-from fewbit.runtime.sources import TensorSource
 
 __all__ = ["LoadedModel", "check_fits", "load_model"]
 
@@ -102,8 +102,8 @@ def load_model(
     """Load the model of `source` with its linears in the formats of `config`.
 
     Args:
-        source: a checkpoint or random weights (`runtime.sources.open_source`). A checkpoint that is quantized already is loaded as it is
-            under its own scheme (`source.scheme`), and dequantized under a scheme without weight format.
+        source: a checkpoint or random weights (`checkpoints.sources.open_source`). A checkpoint that is quantized already is loaded as
+            it is under its own scheme (`source.scheme`), and dequantized under a scheme without weight format.
         config: formats, kernel and what stays in high precision.
         device: where the model runs.
         dtype: of activations and of what stays in high precision: torch.bfloat16, float16 or float32.

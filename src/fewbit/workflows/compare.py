@@ -20,6 +20,7 @@ import psutil
 
 from fewbit.bench.machine import measure_machine
 from fewbit.bench.memory import PeakMeter
+from fewbit.checkpoints.sources import TensorSource
 from fewbit.corpora.text import load_corpus
 from fewbit.decide.conclusions import conclude
 from fewbit.errors import FewbitError, FormatError, KernelError, UnsupportedModelError, UsageError
@@ -29,7 +30,6 @@ from fewbit.report.files import ensure_writable
 from fewbit.report.results_file import write_results
 from fewbit.results import CompareResults, ShapesResult
 from fewbit.runtime.load import check_fits
-from fewbit.runtime.sources import TensorSource
 from fewbit.workflows.environment import environment
 from fewbit.workflows.report import build_report
 from fewbit.workflows.section import ProgressCallback, Section, SectionSettings, Steps, Subject

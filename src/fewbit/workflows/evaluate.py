@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fewbit.checkpoints.sources import TensorSource, open_source
 from fewbit.corpora.text import load_corpus
 from fewbit.evaluate.protocols import make_windows
 from fewbit.evaluate.quality import Progress, Reference, bits_per_byte, evaluate_quality, noise_floor, perplexity
@@ -21,7 +22,6 @@ from fewbit.formats.spec import Scheme, get_scheme
 from fewbit.results import EvaluateResults, NoiseFloor, QualityResult
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.load import check_fits, load_model
-from fewbit.runtime.sources import TensorSource, open_source
 
 __all__ = ["evaluate"]
 

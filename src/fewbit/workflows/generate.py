@@ -9,13 +9,13 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from fewbit.checkpoints.sources import open_source
 from fewbit.errors import UsageError
 from fewbit.formats.spec import get_scheme
 from fewbit.results import KernelUse
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.generate import generate
 from fewbit.runtime.load import load_model
-from fewbit.runtime.sources import open_source
 
 __all__ = ["GenerateResult", "generate_text"]
 

@@ -23,6 +23,7 @@ from fewbit.checkpoints.compressed_tensors import CompressedTensorsReader, layou
 from fewbit.checkpoints.directory import MAX_SHARD_BYTES, ShardWriter, output_directory
 from fewbit.checkpoints.model_card import model_card, source_licence
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
+from fewbit.checkpoints.sources import TensorSource, open_source
 from fewbit.errors import CheckpointError, FormatError, OutputError, UnsupportedModelError, UsageError
 from fewbit.formats.cost import packed_bytes
 from fewbit.formats.grouping import scale_shape
@@ -31,7 +32,6 @@ from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
 from fewbit.methods.rtn import rtn
 from fewbit.models.structure import build_empty_model, is_ignored
 from fewbit.results import QuantizeResult
-from fewbit.runtime.sources import TensorSource, open_source
 from fewbit.workflows.environment import environment
 
 __all__ = ["METHODS", "quantize_model"]

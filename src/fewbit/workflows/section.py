@@ -17,12 +17,12 @@ from fewbit.bench.memory import PeakMeter, PeakRequest, memory_result
 from fewbit.bench.scaling import LayerScale
 from fewbit.bench.steps import DECODE_ROOM
 from fewbit.checkpoints.compressed_tensors import supports
+from fewbit.checkpoints.sources import RandomSource, TensorSource, open_source
 from fewbit.evaluate.quality import Reference, evaluate_quality
 from fewbit.models.accounting import parameter_count
 from fewbit.models.shapes import shapes_config
 from fewbit.results import MachineResult, MemoryResult, ModelInfo, VariantResult
 from fewbit.runtime.load import LoadedModel, load_model
-from fewbit.runtime.sources import RandomSource, TensorSource, open_source
 from fewbit.workflows.variants import BASELINE, Variant
 
 __all__ = ["ProgressCallback", "Section", "SectionSettings", "Steps", "Subject"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewbit.checkpoints.sources import DirectorySource, RandomSource, open_source
 from fewbit.errors import CheckpointError, FewbitError, ModelNotFoundError, UnsupportedModelError
 from fewbit.models.shapes import shapes_config
-from fewbit.runtime.sources import DirectorySource, RandomSource, open_source
 
 
 @pytest.fixture
