@@ -16,6 +16,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "BenchResults",
     "Bound",
+    "CalibrationInfo",
     "CompareResults",
     "Counters",
     "Environment",
@@ -381,6 +382,32 @@ class BenchResults:
     rows: list[VariantResult]
     note: str = ""
     schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class CalibrationInfo:
+    """Which tokens a calibrated method saw.
+
+    Attributes:
+        source: `stdlib`, the file's name, or the data set's id.
+        text_sha256: over the documents that were drawn from.
+        ids_sha256: over the token ids, those held back included.
+        samples, sequence_length: windows that methods are fitted to, and tokens of each.
+        held_back: windows beside them, for the checks.
+        chat_template_sha256: of the chat template the text was wrapped in; None for plain text.
+        python: the interpreter's version, whose library the text may be.
+    """
+
+    source: str
+    text_sha256: str
+    ids_sha256: str
+    samples: int
+    held_back: int
+    sequence_length: int
+    seed: int
+    chat_template_sha256: str | None
+    python: str
+    note: str = ""
 
 
 @dataclass(frozen=True, config=_FROZEN)

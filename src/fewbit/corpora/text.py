@@ -25,7 +25,7 @@ from pathlib import Path
 from fewbit.corpora.stdlib import stdlib_documents
 from fewbit.errors import CorpusError, UsageError
 
-__all__ = ["SEPARATOR", "Corpus", "load_corpus"]
+__all__ = ["SEPARATOR", "Corpus", "load_corpus", "read_text"]
 
 SEPARATOR = "\n\n"
 _WIKITEXT2 = "wikitext2"
@@ -70,12 +70,12 @@ def load_corpus(spec: str | None = None, files: Sequence[Path] = ()) -> Corpus:
             raise UsageError(f"both the corpus '{spec}' and {len(files)} text file(s) were given", "pass either --corpus or --text")
         paths = [Path(file) for file in files]
         name = paths[0].name if len(paths) == 1 else f"{paths[0].name} and {len(paths) - 1} more"
-        return _corpus(name, [_read(path) for path in paths])
+        return _corpus(name, [read_text(path) for path in paths])
     kind, _, file = (spec or "stdlib").partition(":")
     if kind == "stdlib" and not file:
         return _corpus("stdlib", [text for _, text in stdlib_documents("held-out")])
     if kind == _WIKITEXT2:
-        return _wikitext2(_rows_of_raw_file(_read(Path(file))) if file else _rows_of_hub())
+        return _wikitext2(_rows_of_raw_file(read_text(Path(file))) if file else _rows_of_hub())
     raise UsageError(
         f"unknown corpus '{spec}'", f"choose stdlib, {_WIKITEXT2} or {_WIKITEXT2}:FILE, or pass your own text with --text FILE"
     )
@@ -85,8 +85,12 @@ def _corpus(name: str, texts: Sequence[str], note: str = "") -> Corpus:
     return Corpus(name, tuple(texts), hashlib.sha256(SEPARATOR.join(texts).encode()).hexdigest(), note)
 
 
-def _read(path: Path) -> str:
-    """The file's text, byte for byte: line ends are not translated."""
+def read_text(path: Path) -> str:
+    """The file's text, byte for byte: line ends are not translated.
+
+    Raises:
+        CorpusError: the file is missing, unreadable, not UTF-8 or empty.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -26,17 +26,17 @@ All use the model's own maximum length when that is smaller, and say so in the r
 from __future__ import annotations
 
 import platform
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from fewbit.corpora.documents import draw_evenly
 from fewbit.corpora.text import Corpus
 from fewbit.errors import CorpusError, UsageError
 from fewbit.models.accounting import check_token_ids
+from fewbit.models.tokens import encode, own_bos
 from fewbit.results import ProtocolInfo
 
 __all__ = ["PROTOCOLS", "Protocol", "Windows", "default_protocol", "get_protocol", "make_windows"]
@@ -135,9 +135,9 @@ def make_windows(
     chosen = default_protocol(corpus) if protocol is None else get_protocol(protocol) if isinstance(protocol, str) else protocol
     own_length = getattr(config.get_text_config(), "max_position_embeddings", None)
     context = min(chosen.context_length, own_length or chosen.context_length)
-    bos = _own_bos(tokenizer) if chosen.bos_per_window else []
+    bos = own_bos(tokenizer) if chosen.bos_per_window else []
     every = _cut_stream(chosen, corpus, tokenizer, context, bos) if chosen.joined else _one_per_text(chosen, corpus, tokenizer, context)
-    kept = _draw(len(every), _count_within(every, max_tokens), seed)
+    kept = draw_evenly(len(every), _count_within(every, max_tokens), seed)
     ids = tuple(torch.tensor(every[index], dtype=torch.int64) for index in kept)
     check_token_ids(max(int(window.max()) for window in ids), config)
     notes = [corpus.note] if corpus.note else []
@@ -160,20 +160,8 @@ def make_windows(
     return Windows(ids, sum(_text_bytes(tokenizer, window[1:]) for window in ids), info)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> list[int]:
-    # verbose=False: a whole corpus is longer than the model's maximum on purpose, no warning is due
-    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    return ids
-
-
-def _own_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token when the tokenizer puts one before text by itself, else nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and bos in _encode(tokenizer, "") else []
-
-
 def _cut_stream(protocol: Protocol, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, context: int, bos: list[int]) -> list[list[int]]:
-    stream = _encode(tokenizer, corpus.joined, add_special_tokens=not protocol.bos_per_window)
+    stream = encode(tokenizer, corpus.joined, add_special_tokens=not protocol.bos_per_window)
     length = context - len(bos)
     windows = [bos + stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
     if len(windows) < _MIN_WINDOWS:
@@ -187,7 +175,7 @@ def _cut_stream(protocol: Protocol, corpus: Corpus, tokenizer: PreTrainedTokeniz
 
 def _one_per_text(protocol: Protocol, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, context: int) -> list[list[int]]:
     texts = [text for text in corpus.texts if len(text) > protocol.longer_than_characters][: protocol.max_texts]
-    windows = [window for text in texts if len(window := _encode(tokenizer, text)[:context]) > 1]
+    windows = [window for text in texts if len(window := encode(tokenizer, text)[:context]) > 1]
     if len(windows) < _MIN_WINDOWS:
         raise CorpusError(
             f"the text '{corpus.name}' is too short: {len(windows)} text(s) of more than {protocol.longer_than_characters} characters, "
@@ -207,16 +195,6 @@ def _count_within(windows: Sequence[Sequence[int]], max_tokens: int | None) -> i
         needed = -(-_MIN_WINDOWS * total // len(windows))
         raise UsageError(f"max_tokens is {max_tokens}, less than {_MIN_WINDOWS} windows ({needed} tokens)", "an error bar needs more text")
     return count
-
-
-def _draw(total: int, count: int, seed: int) -> list[int]:
-    """`count` of `total` indices, ascending: one at random from each of `count` equal stretches, so that the whole corpus is covered.
-
-    `random.Random.random` gives the same numbers for a seed on every machine and Python version.
-    """
-    generator = random.Random(seed)
-    edges = [total * i // count for i in range(count + 1)]
-    return [low + int(generator.random() * (high - low)) for low, high in pairwise(edges)]
 
 
 def _text_bytes(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> int:
