@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 __all__ = [
     "SCHEMA_VERSION",
     "BenchResults",
+    "BlockReport",
     "Bound",
     "CalibrationInfo",
     "CompareResults",
@@ -25,12 +26,14 @@ __all__ = [
     "FormatErrors",
     "FormatInfo",
     "FormatsResult",
+    "GateResult",
     "HardwareSupport",
     "Interval",
     "KernelInfo",
     "KernelUse",
     "KernelsReport",
     "LatencyResult",
+    "LayerReport",
     "MachineResult",
     "MemoryResult",
     "ModelInfo",
@@ -411,6 +414,74 @@ class CalibrationInfo:
 
 
 @dataclass(frozen=True, config=_FROZEN)
+class LayerReport:
+    """What became of one linear.
+
+    Attributes:
+        name: as the checkpoint calls it. rows, columns: its weight's shape.
+        bits: effective bits per weight, scales and zero points counted; 16 or 32 when it stayed in high precision.
+        method: what finally chose its numbers; `high precision` when nothing that was tried passed the checks.
+        rtn_error, error: relative error of its outputs on held-back calibration tokens (norm of the difference over norm of the output),
+            for rounding to nearest with min-max scales and for what was written; None without calibration data.
+        dampening: share of the mean diagonal that was added to the Hessian; None for methods without one.
+        saturated_share: codes at either end of the grid.
+        tokens: calibration tokens that reached it.
+        kernel: what fewbit runs it with on this machine's CPU.
+        notes: retries and fallbacks with their reasons, and what else is out of the ordinary.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    bits: float
+    method: str
+    rtn_error: float | None
+    error: float | None
+    dampening: float | None
+    saturated_share: float
+    tokens: int
+    kernel: str
+    notes: list[str]
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class BlockReport:
+    """One block of the walk; `resumed` when its result was found on disk, finished by an earlier run."""
+
+    name: str
+    linears: int
+    duration_s: float
+    resumed: bool
+    notes: list[str]
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class GateResult:
+    """Whether the quantized model still predicts what the model in high precision predicts, on held-out text.
+
+    Attributes:
+        outcome: `passed`, `forced` (failed, and written all the same because the user said so), `failed` or `skipped`.
+        kl_nats: KL divergence to the model in high precision, mean per token; None when skipped.
+        threshold_nats: what the mean may be at most.
+        flip_share: tokens whose most likely next token is another one.
+        perplexity, reference_perplexity: of the quantized model and of the one in high precision on the same windows.
+        text: name of the text. text_sha256, ids_sha256: of the text and of the token ids.
+    """
+
+    outcome: Literal["passed", "forced", "failed", "skipped"]
+    kl_nats: Interval | None = None
+    threshold_nats: float | None = None
+    flip_share: float | None = None
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
+    text: str = ""
+    text_sha256: str = ""
+    ids_sha256: str = ""
+    windows: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, config=_FROZEN)
 class QuantizeResult:
     """What `fewbit quantize` wrote.
 
@@ -422,6 +493,12 @@ class QuantizeResult:
         source_bytes, checkpoint_bytes: bytes of all tensors before and after.
         effective_bits_per_weight: over the quantized linears, scales and zero points counted.
         effective_bits_per_parameter: over the whole model, what stays in high precision counted.
+        settings: what the numbers depend on besides scheme and source: of the methods, versions, threads, processor.
+        layers: one entry per linear, in the model's order; blocks: per block of the walk.
+        calibration: None when no method needed any.
+        gate: None for results older than the gate.
+        peak_rss_bytes: largest resident memory of the process, mapped pages included; None where the system does not say.
+        notes: what was not possible for this model.
     """
 
     model: str
@@ -444,6 +521,13 @@ class QuantizeResult:
     effective_bits_per_parameter: float
     duration_s: float
     source_sha256: str | None = None
+    settings: dict[str, str] = Field(default_factory=dict)
+    layers: list[LayerReport] = Field(default_factory=list)
+    blocks: list[BlockReport] = Field(default_factory=list)
+    calibration: CalibrationInfo | None = None
+    gate: GateResult | None = None
+    peak_rss_bytes: int | None = None
+    notes: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, config=_FROZEN)

@@ -15,7 +15,6 @@ packed from that tensor, and the embedding stays in high precision beside it.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from fewbit.formats.grouping import scale_shape
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.models.accounting import count_parameters, kv_shape, resident_bytes
-from fewbit.models.structure import build_empty_model
+from fewbit.models.structure import build_empty_model, build_without_weights
 from fewbit.results import KernelUse
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.kv_cache import KVCache
@@ -116,7 +115,7 @@ def load_model(
         UsageError: the checkpoint is quantized in another format than the one asked for.
     """
     _check_scheme(source, config)
-    model = _build(source.config, dtype)
+    model = build_without_weights(source.config, dtype=dtype)
     tied = _tied_names(model, source)
     missing, unexpected = _compare_names(model, source, tied)
     notes = []
@@ -164,39 +163,6 @@ def _check_scheme(source: TensorSource, config: QuantizationConfig) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the empty model
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are constructed inside get parameters without memory; their buffers (rotary frequencies) are computed as usual."""
-    original = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        original(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the linears are ours
-    try:
-        with _parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
-        build_empty_model(config)  # fails the same way, and says so in words
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedModelError(
-            f"a model of type '{config.model_type}' with this configuration cannot be built: {reason}", "check the sizes in config.json"
-        ) from error
-    return model
 
 
 def _tied_names(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:
