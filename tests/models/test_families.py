@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fewbit.models.families import FAMILIES, get_family, operator_class
+from fewbit.models.links import block_family, block_links
 from fewbit.models.structure import build_empty_model
 
 
@@ -26,13 +27,20 @@ def test_every_name_of_the_table_exists(model_type: str) -> None:
     for path in (family.embeddings, family.final_norm, family.lm_head):
         model.get_submodule(path)
     block = next(model.get_submodule(family.blocks).children())
-    for norm, linears in family.norms.items():
+    row = block_family(family, block)
+    for norm, linears in row.norms.items():
         width = block.get_submodule(norm).weight.shape[0]
         for name in linears:
-            linear = block.get_submodule(name)
-            assert width == (linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features)
-    for producer, consumer in family.value_pairs:
-        assert block.get_submodule(producer).out_features == block.get_submodule(consumer).in_features
+            if "*" not in name:
+                linear = block.get_submodule(name)
+                assert width == linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+    for producer, consumer in (*row.value_pairs, *row.head_pairs):
+        if "*" not in producer:
+            block.get_submodule(producer)
+            block.get_submodule(consumer)
+    for group in row.fused:
+        assert len({block.get_submodule(name).in_features for name in group if "*" not in name}) <= 1
+    assert len(block_links(family, model.config, block)) >= len(row.norms)
     if family.experts:
         assert any(p.ndim == 3 for p in block.get_submodule(family.experts).parameters())
 

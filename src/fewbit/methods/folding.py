@@ -29,7 +29,7 @@ __all__ = ["divide_norm", "divide_rows", "multiply_columns", "representable", "s
 
 
 def _check(scale: torch.Tensor, length: int) -> torch.Tensor:
-    if scale.shape != (length,) or not bool((scale.isfinite() & (scale > 0)).all()):
+    if scale.ndim == 0 or scale.shape[-1] != length or not bool((scale.isfinite() & (scale > 0)).all()):
         raise FormatError(f"a folded scale has {length} positive entries; this one has shape {list(scale.shape)} or entries that are not")
     return scale.float()
 
@@ -55,26 +55,27 @@ def divide_norm(
     return divided, None if bias is None else (bias.float() / scale).to(bias.dtype)
 
 
-def divide_rows(weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a linear whose last outputs are to be divided by `scale`; of all outputs when the scale has as many entries.
-
-    Fused projections have the part that can be scaled last: values in a qkv_proj, up in a gate_up_proj.
+def divide_rows(
+    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a linear of which some outputs are to be divided by `scale`.
 
     Args:
-        weight: [out, in]; bias: [out] or None; not changed.
-        scale: [n], positive, n <= out: for the last n rows.
+        weight: [..., out, in]; bias: [..., out] or None; not changed.
+        scale: [n] (or [..., n] for stacked experts), positive.
+        rows: int64 [n], the outputs meant; all of them when None. Fused projections have other things in the other rows.
 
     Raises:
-        FormatError: more entries than rows, or one that is not positive and finite.
+        FormatError: another number of entries than rows, or one that is not positive and finite.
     """
-    scale = _check(scale, min(scale.shape[0], weight.shape[0]) if scale.ndim == 1 else -1)
-    first = weight.shape[0] - scale.shape[0]
+    rows = torch.arange(weight.shape[-2]) if rows is None else rows
+    scale = _check(scale, rows.shape[0])
     divided = weight.clone()
-    divided[first:] = (weight[first:].float() / scale[:, None]).to(weight.dtype)
+    divided[..., rows, :] = (weight[..., rows, :].float() / scale[..., None]).to(weight.dtype)
     if bias is None:
         return divided, None
     divided_bias = bias.clone()
-    divided_bias[first:] = (bias[first:].float() / scale).to(bias.dtype)
+    divided_bias[..., rows] = (bias[..., rows].float() / scale).to(bias.dtype)
     return divided, divided_bias
 
 
@@ -82,10 +83,14 @@ def multiply_columns(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """W diag(s): the reader's side.
 
     Args:
-        weight: [..., K], experts' 3-D parameters included; not changed.
-        scale: [K], positive.
+        weight: [..., out, K]; not changed.
+        scale: [K] (or [..., K] for stacked experts), positive.
+
+    Raises:
+        FormatError: a scale of another length, or one that is not positive and finite.
     """
-    return (weight.float() * _check(scale, weight.shape[-1])).to(weight.dtype)
+    scale = _check(scale, weight.shape[-1])
+    return (weight.float() * scale[..., None, :]).to(weight.dtype)
 
 
 def representable(gain: torch.Tensor, scale: torch.Tensor, *, offset: float = 0.0) -> torch.Tensor:

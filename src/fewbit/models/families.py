@@ -25,11 +25,15 @@ class Family:
         model_type: transformers' name of the architecture. blocks: dotted name of the list of blocks, from the model's root.
         embeddings, final_norm, lm_head: dotted names from the root. attention: the last part of the module that computes attention,
         projections included. attention_projections, ffn_projections: the linears' names, their last part, or the last two where the
-        last alone is not unique. norms: norm to the linears that read its output. value_pairs: (producer, consumer): rows of the
+        last alone is not unique. norms: norm to all the linears that read its output. value_pairs: (producer, consumer): rows of the
         producer reach columns of the consumer through a product with the same channel only, so a channel can
-            be scaled up in one and down in the other.
+            be scaled up in one and down in the other. A fused gate_up_proj has the rows meant last.
+        head_pairs: the same through attention, values to the output projection. fused: linears that a runtime joins into one.
+        packed_values: which rows of a fused projection of queries, keys and values are the values: the `last`, or the last of each head
+            (`per_head`). needs: by the name of a field above, what the configuration must say for it to hold.
         norm_gain_offset: the norm multiplies by `offset + weight` (Gemma: 1).
         experts: the module that holds a mixture's experts as 3-D parameters; empty for dense models.
+        sparse: what `norms`, `value_pairs` and `fused` are in blocks that have such a module.
     """
 
     model_type: str
@@ -42,8 +46,13 @@ class Family:
     ffn_projections: tuple[str, ...]
     norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     value_pairs: tuple[tuple[str, str], ...] = ()
+    head_pairs: tuple[tuple[str, str], ...] = ()
+    fused: tuple[tuple[str, ...], ...] = ()
+    packed_values: Literal["last", "per_head"] = "last"
+    needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     norm_gain_offset: float = 0.0
     experts: str = ""
+    sparse: Family | None = None
 
 
 def _row(name: str, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +64,11 @@ def _row(name: str, table: Mapping[str, Any]) -> dict[str, Any]:
 def _family(model_type: str, row: Mapping[str, Any]) -> Family:
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     fields["norms"] = {norm: tuple(linears) for norm, linears in row["norms"].items()}
-    fields["value_pairs"] = tuple((producer, consumer) for producer, consumer in row["value_pairs"])
+    for key in ("value_pairs", "head_pairs", "fused"):
+        fields[key] = tuple(tuple(names) for names in row[key])
+    sparse = fields.pop("sparse", None)
+    if sparse is not None:
+        fields["sparse"] = _family(model_type, {**{key: value for key, value in row.items() if key != "sparse"}, **sparse})
     return Family(model_type=model_type, **fields)
 
 

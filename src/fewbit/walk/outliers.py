@@ -8,8 +8,8 @@ linear W that reads its output x,
     W x = (W diag(s)^-1) (diag(s) x),      s_c = factor for the chosen channels c, 1 elsewhere
 
 so multiplying the gain of channel c and dividing column c of the linears that follow leaves every output as it was. The same holds
-between up_proj and down_proj, whose product with the gate is channel by channel. A power of two as factor changes exponents only,
-and the logits stay equal to the last bit unless a number underflows.
+between up_proj and down_proj, whose product with the gate is channel by channel (`models.links`). A power of two as factor changes
+exponents only, and the logits stay equal to the last bit unless a number underflows.
 
 A scale per token must then span the outlier, and the other channels keep a few integer steps: W8A8 with dynamic per-token scales
 collapses, weight-only formats do not.
@@ -22,13 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fewbit.checkpoints.directory import output_directory
 from fewbit.checkpoints.safetensors_files import INDEX_NAME
 from fewbit.errors import UnsupportedModelError, UsageError
-from fewbit.models.families import Family, get_family
+from fewbit.models.families import get_family
+from fewbit.models.links import block_links
+from fewbit.walk.fold import channel_count, fold_scale
 
 __all__ = ["inject_outliers", "write_outlier_model"]
 
@@ -58,43 +59,12 @@ def inject_outliers(model: PreTrainedModel, channels: Sequence[int], factor: flo
             f"channels {list(channels)} and factor {factor} do not fit a model of hidden size {hidden}",
             "choose other channels or a positive factor",
         )
-    index = torch.tensor(list(channels), device=model.device)
-    blocks = list(model.get_submodule(family.blocks).children())
-    for block in blocks:  # before anything is changed
-        for name in {name for linears in family.norms.values() for name in linears}:
-            _linear(block, name)
-    for block in blocks:
-        for norm, linears in family.norms.items():
-            _scale_gain(block.get_submodule(norm), index, factor, family)
-            for name in linears:
-                _linear(block, name).weight[:, index] /= factor
-        for producer, consumer in family.value_pairs:
-            _scale_pair(_linear(block, producer), _linear(block, consumer), index, factor)
-
-
-def _scale_pair(producer: nn.Linear, consumer: nn.Linear, index: torch.Tensor, factor: float) -> None:
-    index = index[index < producer.out_features]
-    producer.weight[index] *= factor
-    if producer.bias is not None:
-        producer.bias[index] *= factor
-    consumer.weight[:, index] /= factor
-
-
-def _scale_gain(norm: nn.Module, index: torch.Tensor, factor: float, family: Family) -> None:
-    gain = norm.get_parameter("weight")
-    gain[index] = (gain[index] + family.norm_gain_offset) * factor - family.norm_gain_offset
-    bias = getattr(norm, "bias", None)
-    if bias is not None:
-        bias[index] *= factor
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    module = block.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__}, not an nn.Linear", "use a model of the Llama family in high precision"
-        )
-    return module
+    for block in model.get_submodule(family.blocks).children():
+        for link in block_links(family, model.config, block):
+            if link.kind in ("norm", "linear"):
+                scale = torch.ones(channel_count(block, link), device=model.device)
+                scale[[channel for channel in channels if channel < len(scale)]] = 1 / factor
+                fold_scale(block, link, scale)
 
 
 def write_outlier_model(source: Path, out: Path, channels: Sequence[int], factor: float) -> None:
