@@ -32,7 +32,7 @@ class Family:
         packed_values: which rows of a fused projection of queries, keys and values are the values: the `last`, or the last of each head
             (`per_head`). needs: by the name of a field above, what the configuration must say for it to hold.
         norm_gain_offset: the norm multiplies by `offset + weight` (Gemma: 1).
-        experts: the module that holds a mixture's experts as 3-D parameters; empty for dense models.
+        experts: the module that holds a mixture's experts, stacked by transformers and a list in fewbit; empty for dense models.
         sparse: what `norms`, `value_pairs` and `fused` are in blocks that have such a module.
     """
 

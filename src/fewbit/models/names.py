@@ -2,21 +2,26 @@
 
 For nearly all dense models the names on disk are the module's parameters. Not always: GPT-NeoX stores its head as `embed_out`, a base model
 lacks the prefix `model.`, and a mixture's experts, one tensor each on disk, are merged into 3-D parameters when transformers loads them.
-transformers has a table of such renames and merges for its own loading; it is asked here, once and by name, so that a walk through the
-model can read each parameter from disk when its turn comes, and write its result under the name that the source used.
+In fewbit's models they are not merged (`models.experts`), and the place of a tensor in the merge tells which linear it is. transformers has
+a table of such renames and merges for its own loading; it is asked here, once and by name, so that a walk through the model can read each
+parameter from disk when its turn comes, and write its result under the name that the source used.
 
     renamed     one tensor on disk, one parameter         gpt_neox: embed_out.weight -> lm_head.weight
-    merged      several tensors on disk, one parameter    mixtral: experts.*.w1, experts.*.w3 -> experts.gate_up_proj
+    experts     the same, through the merge               mixtral: block_sparse_moe.experts.5.w3 -> mlp.experts.5.up_proj
+    merged      several tensors on disk, one parameter    where experts stay stacked, and where transformers joins other matrices
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, WeightTransform, rename_source_key
+
+from fewbit.models.experts import EXPERT_PROJECTIONS
 
 __all__ = ["DiskNames", "disk_names"]
 
@@ -59,6 +64,8 @@ def disk_names(model: PreTrainedModel, names: Sequence[str]) -> DiskNames:
         if target not in state and name in state:
             target, pattern = name, None
         if target not in state:
+            target, pattern = _of_one_expert(name, target, pattern, converters), None
+        if target not in state:
             unknown.append(name)
             continue
         found.setdefault(target, []).append(name)
@@ -69,3 +76,21 @@ def disk_names(model: PreTrainedModel, names: Sequence[str]) -> DiskNames:
         merged={target: tuple(given) for target, given in found.items() if target in converted},
         unknown=tuple(unknown),
     )
+
+
+def _of_one_expert(name: str, target: str, pattern: str | None, converters: Sequence[WeightTransform]) -> str:
+    """The linear of one expert that a tensor is, when transformers would merge it into the parameter `target`; empty when it is none.
+
+    Args:
+        name: of the tensor on disk; the expert's number stands in it behind `experts.`.
+        pattern: of the converter that matched; its place among the converter's patterns says whether it is gate, up or down.
+    """
+    number = re.search(r"\.experts\.(\d+)\.", name)
+    module, _, last = target.rpartition(".")
+    converter = next((c for c in converters if pattern in c.source_patterns), None)
+    if number is None or converter is None or pattern is None:
+        return ""
+    parts = {"gate_up_proj": EXPERT_PROJECTIONS[:2], "down_proj": EXPERT_PROJECTIONS[2:]}.get(last, ())
+    if len(parts) != len(converter.source_patterns):
+        return ""
+    return f"{module}.{number[1]}.{parts[list(converter.source_patterns).index(pattern)]}.weight"

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fewbit.errors import UnsupportedModelError
+from fewbit.models.experts import unfuse_experts
 from fewbit.models.families import get_family
 
 __all__ = ["block_list_name", "build_empty_model", "build_without_weights", "is_ignored", "linear_names"]
@@ -23,6 +24,8 @@ __all__ = ["block_list_name", "build_empty_model", "build_without_weights", "is_
 
 def build_empty_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model of a configuration with every parameter and buffer on the `meta` device: shapes and dtypes, no memory.
+
+    Experts that transformers stacks are lists of linears here (`models.experts`), as everywhere in fewbit.
 
     Args:
         config: of a causal language model that transformers itself knows; code from the checkpoint is never run.
@@ -42,6 +45,7 @@ def build_empty_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.bf
             f"transformers cannot build a causal language model of type '{config.model_type}': {reason}",
             "check config.json, or upgrade transformers if the architecture is newer than it",
         ) from error
+    unfuse_experts(model)
     model.train(False)
     return model
 
@@ -85,6 +89,7 @@ def build_without_weights(config: PretrainedConfig, *, dtype: torch.dtype = torc
         raise UnsupportedModelError(
             f"a model of type '{config.model_type}' with this configuration cannot be built: {reason}", "check the sizes in config.json"
         ) from error
+    unfuse_experts(model)
     model.train(False)
     return model
 
