@@ -240,7 +240,7 @@ class Skeleton:
         for index, call in self._calls[ids.shape[1]].items():
             if not _same((call.arguments, dict(call.keywords)), (recording.calls[index].arguments, dict(recording.calls[index].keywords))):
                 raise UnsupportedModelError(
-                    f"the blocks of '{self.source.config.model_type}' are given more than hidden states: their arguments depend on the text",
+                    f"the blocks of '{self.source.config.model_type}' are given arguments that depend on the text",
                     "use a method that needs no calibration, and no gate",
                 )
 

@@ -1,0 +1,381 @@
+"""One block: scale its channels, round its linears group by group, check each, put what was rounded in its place.
+
+    for each link that the transform scales       statistics of the readers' inputs -> a scale -> fold it (walk.fold)
+    for each stage of groups, in execution order  statistics of the inputs, the stages before it already rounded
+        for each group                            round all of its linears together; check; retry or fall back; put in place
+    learned rounding of the whole block, when the recipe has it
+
+The inputs come from the quantized path: what the block will be given when it runs. With a reference path, what it would be given had
+nothing been quantized stands beside it, window by window, for methods that make up for the difference.
+
+Activation formats are part of the quantized path: a rounded linear's input passes through the scheme's format on its way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbit.errors import FormatError
+from fewbit.formats.cost import effective_bits
+from fewbit.formats.quantize import dequantize, fake_quantize
+from fewbit.formats.spec import Scheme
+from fewbit.formats.tensor import QuantizedTensor
+from fewbit.kernels.base import KernelRequest
+from fewbit.kernels.dispatch import select
+from fewbit.methods.rtn import rtn
+from fewbit.methods.statistics import InputStatistics
+from fewbit.models.links import Link
+from fewbit.results import LayerReport
+from fewbit.walk.activations import ActivationStore
+from fewbit.walk.capture import Group, capture, find_groups, stages
+from fewbit.walk.checks import check_layer, relative_error
+from fewbit.walk.fold import channels_of, fold_scale, representable_scale
+from fewbit.walk.methods import ROUNDING_STEPS, TRANSFORM_STEPS, Needs, Rounded, retries
+from fewbit.walk.settings import WalkSettings
+
+__all__ = ["BlockResult", "BlockTask", "InputFormats", "quantize_block", "round_alone"]
+
+_CHECK_TOKENS = 1024  # held-back tokens on which a layer's outputs are compared
+HIGH_PRECISION = "high precision"
+
+
+@dataclass
+class BlockTask:
+    """A block and what it is given.
+
+    Attributes:
+        block: its module, weights resident in the working precision.
+        linears: what is to be rounded, by dotted name in the block.
+        names: what the checkpoint calls them.
+        stored: the dtype in which the checkpoint keeps each parameter of the block.
+        links: where scales can be folded.
+        call: the block's output for hidden states [1, T, width].
+        inputs: hidden states of the calibration windows on the quantized path, those held back at the end; None without calibration.
+        reference: of the same windows had nothing been quantized; None when no method asks for it.
+        fitted: windows that methods may look at; those behind them are held back.
+    """
+
+    block: nn.Module
+    linears: Mapping[str, nn.Linear]
+    names: Mapping[str, str]
+    stored: Mapping[str, torch.dtype]
+    links: Sequence[Link]
+    call: Callable[[torch.Tensor], torch.Tensor]
+    inputs: ActivationStore | None = None
+    reference: ActivationStore | None = None
+    fitted: int = 0
+
+
+@dataclass
+class BlockResult:
+    """What became of a block.
+
+    Attributes:
+        quantized: rounded weights, by dotted name in the block; linears that stayed in high precision are missing.
+        changed: other parameters that are no longer what the source has (norms into which scales were folded), in their stored dtype.
+        layers: reports in the order of the block's linears.
+        notes: what was not possible.
+    """
+
+    quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
+    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class InputFormats:
+    """The scheme's format of activations, applied to the inputs of linears that are rounded; switched off for the reference path."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._spec = scheme.input_activations
+        self.enabled = True
+        self._handles: dict[str, Any] = {}
+
+    def attach(self, name: str, linear: nn.Linear) -> None:
+        """From now on the linear's inputs are quantized and dequantized on their way in."""
+        spec = self._spec
+        if spec is None or name in self._handles:
+            return
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
+            return (fake_quantize(arguments[0], spec), *arguments[1:]) if self.enabled else None
+
+        self._handles[name] = linear.register_forward_pre_hook(hook)
+
+    def detach(self, name: str | None = None) -> None:
+        """Leave the inputs of one linear, or of all, as they are again."""
+        for key in [name] if name is not None else list(self._handles):
+            handle = self._handles.pop(key, None)
+            if handle is not None:
+                handle.remove()
+
+
+def quantize_block(task: BlockTask, scheme: Scheme, settings: WalkSettings, formats: InputFormats) -> BlockResult:
+    """Round the linears of one block; the block is left with the rounded weights and computes the quantized path.
+
+    Raises:
+        FormatError: a weight does not fit the format.
+    """
+    return _BlockWork(task, scheme, settings, formats).run()
+
+
+def round_alone(name: str, weight: torch.Tensor, scheme: Scheme, settings: WalkSettings) -> tuple[QuantizedTensor | None, LayerReport]:
+    """Round a linear of which no input is known.
+
+    Args:
+        name: what the checkpoint calls it.
+        weight: [out, in], floating point.
+
+    Returns:
+        The rounded weight, None when none passed the check, and its report.
+    """
+    assert scheme.weights is not None
+    notes: list[str] = []
+    for what, rounding, chosen in retries(settings):
+        step = ROUNDING_STEPS[rounding]
+        if step.needs(chosen).hessian:
+            notes.append(f"{what}: no input is known")
+            continue
+        rounded = step.apply([weight], scheme.weights, None, chosen)[0]
+        check = check_layer(weight, rounded.quantized, None)
+        if not check.failure:
+            report = _report(name, weight, rounded.quantized, rounded.method, scheme)
+            return rounded.quantized, replace(report, saturated_share=check.saturated, notes=[*notes, *rounded.notes])
+        notes.append(f"{what}: {check.failure}")
+    return None, replace(_report(name, weight, None, HIGH_PRECISION, scheme), notes=notes)
+
+
+def _report(name: str, weight: torch.Tensor, q: QuantizedTensor | None, method: str, scheme: Scheme) -> LayerReport:
+    rows, columns = weight.shape
+    return LayerReport(
+        name=name,
+        rows=rows,
+        columns=columns,
+        bits=16.0 if q is None else effective_bits(q),
+        method=method,
+        rtn_error=None,
+        error=None,
+        dampening=None,
+        saturated_share=0.0,
+        tokens=0,
+        kernel=_kernel(scheme, rows, columns, q),
+        notes=[],
+    )
+
+
+def _kernel(scheme: Scheme, rows: int, columns: int, q: QuantizedTensor | None) -> str:
+    spec, inputs = (None, None) if q is None else (scheme.weights, scheme.input_activations)
+    request = KernelRequest(spec, inputs, rows, columns, has_g_idx=q is not None and q.g_idx is not None)
+    return select(request).kernel.name
+
+
+class _BlockWork:
+    """The state of one block's rounding."""
+
+    def __init__(self, task: BlockTask, scheme: Scheme, settings: WalkSettings, formats: InputFormats) -> None:
+        assert scheme.weights is not None
+        self.task, self.scheme, self.settings, self.formats = task, scheme, settings, formats
+        self.spec, self.recipe = scheme.weights, settings.recipe
+        self.result = BlockResult()
+        self._reports: dict[str, LayerReport] = {}
+        self._originals: dict[str, torch.Tensor] = {}
+        self._touched: set[str] = set()
+
+    def run(self) -> BlockResult:
+        task = self.task
+        if task.inputs is None:
+            for name, linear in task.linears.items():
+                q, report = round_alone(task.names[name], linear.weight, self.scheme, self.settings)
+                self._settle(name, q, report)
+        else:
+            groups = find_groups(task.linears, self._run_quantized, len(task.inputs))
+            if self.recipe.transform is not None:
+                self._transform(groups)
+            together = stages(groups) if self.settings.true_sequential else [list(groups)]
+            for stage in together:
+                self._round_stage(stage)
+        self.result.layers = [self._reports[name] for name in task.linears]
+        self._collect_changed()
+        return self.result
+
+    # -------------------------------------------------------------------------------------------------------- running the block
+
+    def _run_quantized(self, window: int) -> torch.Tensor:
+        assert self.task.inputs is not None
+        return self.task.call(self.task.inputs[window])
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """The block with the weights that it had before rounding, its inputs in high precision."""
+        rounded = {name: self.task.linears[name].weight.data for name in self._originals}
+        self.formats.enabled = False
+        for name, weight in self._originals.items():
+            self.task.linears[name].weight.data = weight
+        try:
+            yield
+        finally:
+            self.formats.enabled = True
+            for name, weight in rounded.items():
+                self.task.linears[name].weight.data = weight
+
+    def _gather(
+        self, groups: Sequence[Group], needs: Mapping[Group, Needs]
+    ) -> tuple[dict[Group, InputStatistics], dict[Group, torch.Tensor]]:
+        """Statistics of the groups' inputs over the fitted windows, and held-back inputs [n, K] of each."""
+        task = self.task
+        assert task.inputs is not None
+        first = {group.names[0]: group for group in groups}
+        watched = {name: task.linears[name] for name in first}
+        statistics = {group: needs[group].statistics(group.columns) for group in groups}
+        held = {group: InputStatistics(group.columns, sample_tokens=_CHECK_TOKENS) for group in groups}
+        with_reference = task.reference is not None and any(need.cross for need in needs.values())
+        for window in range(len(task.inputs)):
+            fit = window < task.fitted
+            wanted = self._reference_inputs(watched, window) if with_reference and fit else {}
+            into = statistics if fit else held
+            with capture(watched, lambda name, x, into=into, wanted=wanted: into[first[name]].update(x, wanted.get(name)), stop=True):  # type: ignore[misc]
+                self._run_quantized(window)
+        return statistics, {group: held[group].sample for group in groups}
+
+    def _reference_inputs(self, watched: Mapping[str, nn.Linear], window: int) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        assert self.task.reference is not None
+        hidden = self.task.reference[window]
+        with self._as_it_was(), capture(watched, lambda name, x: found.__setitem__(name, x), stop=True):
+            self.task.call(hidden)
+        return found
+
+    # --------------------------------------------------------------------------------------------------------------- transforms
+
+    def _transform(self, groups: Sequence[Group]) -> None:
+        assert self.recipe.transform is not None
+        step = TRANSFORM_STEPS[self.recipe.transform]
+        links = [link for link in self.task.links if self._can_fold(link, groups)]
+        read = {link: [group for group in groups if set(group.names) <= set(link.readers)] for link in links}
+        wanted = [group for group in groups if any(group in found for found in read.values())]
+        statistics, _ = self._gather(wanted, {group: step.needs(group.columns) for group in wanted})
+        for link in links:
+            weights = [self.task.linears[name].weight.detach() for group in read[link] for name in group.names]
+            known = statistics[read[link][0]]
+            if known.tokens == 0:
+                self.result.notes.append(f"{link.producer}: not scaled, no calibration token reached its readers")
+                continue
+            found = step.apply(weights, self.scheme, known, self.settings, channels_of(self.task.block, link))
+            producer = f"{link.producer}.weight"
+            dtype = self.task.stored.get(producer, torch.float32)
+            fold_scale(self.task.block, link, representable_scale(self.task.block, link, found.scale, dtype))
+            self._after_fold(link)
+
+    def _can_fold(self, link: Link, groups: Sequence[Group]) -> bool:
+        """Whether everything that reads the producer's output is known: a reader's group must lie within the link's readers."""
+        reading = [group for group in groups if set(group.names) & set(link.readers)]
+        strangers = [name for group in reading for name in group.names if name not in link.readers]
+        if strangers:
+            self.result.notes.append(f"{link.producer}: not scaled, {strangers[0]} reads the same input and is not known to")
+        return bool(reading) and not strangers
+
+    def _after_fold(self, link: Link) -> None:
+        """What is written as it is, is rounded to the dtype in which it is stored; weights to be rounded stay exact."""
+        for name in (link.producer, *link.readers):
+            module = self.task.block.get_submodule(name)
+            for leaf, parameter in module.named_parameters(recurse=False):
+                full = f"{name}.{leaf}"
+                if leaf == "weight" and name in self.task.linears:
+                    continue
+                self._touched.add(full)
+                parameter.data = parameter.data.to(self.task.stored.get(full, parameter.dtype)).to(parameter.dtype)
+
+    def _collect_changed(self) -> None:
+        parameters = dict(self.task.block.named_parameters())
+        for name in sorted(self._touched):
+            self.result.changed[name] = parameters[name].detach().to(self.task.stored.get(name, parameters[name].dtype))
+
+    # ----------------------------------------------------------------------------------------------------------------- rounding
+
+    def _round_stage(self, stage: Sequence[Group]) -> None:
+        needs = ROUNDING_STEPS[self.recipe.rounding].needs(self.settings)
+        statistics, held = self._gather(stage, dict.fromkeys(stage, needs))
+        for group in stage:
+            self._round_group(group, statistics.pop(group), held.pop(group))
+
+    def _round_group(self, group: Group, statistics: InputStatistics, tokens: torch.Tensor) -> None:
+        """Round the linears of a group, retrying those that fail; when one must stay in high precision, all do.
+
+        Runtimes join linears that share an input (q, k, v) into one, which has one format.
+        """
+        task, waiting = self.task, list(group.names)
+        notes: dict[str, list[str]] = {name: [] for name in group.names}
+        settled: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
+        baseline = {name: self._rtn_error(name, tokens) for name in group.names}
+        for what, rounding, settings in retries(self.settings):
+            if not waiting:
+                break
+            try:
+                rounded = self._attempt(rounding, waiting, statistics, settings)
+            except FormatError as error:
+                for name in waiting:
+                    notes[name].append(f"{what}: {error.problem}")
+                continue
+            for name, one in zip(list(waiting), rounded, strict=True):
+                weight = task.linears[name].weight.detach()
+                check = check_layer(weight, one.quantized, tokens, baseline[name])
+                if check.failure:
+                    notes[name].append(f"{what}: {check.failure}")
+                    continue
+                report = replace(
+                    _report(task.names[name], weight, one.quantized, self._method_name(one.method), self.scheme),
+                    rtn_error=baseline[name],
+                    error=check.error,
+                    dampening=one.dampening,
+                    saturated_share=check.saturated,
+                    tokens=statistics.tokens,
+                    notes=[*notes[name], *one.notes],
+                )
+                settled[name] = (one.quantized, report)
+                waiting.remove(name)
+        for name in group.names:
+            if waiting:
+                why = notes[name] if name in waiting else [f"{waiting[0]} shares its input and stays in high precision"]
+                weight = task.linears[name].weight
+                report = _report(task.names[name], weight, None, HIGH_PRECISION, self.scheme)
+                self._settle(name, None, replace(report, tokens=statistics.tokens, rtn_error=baseline[name], notes=why))
+            else:
+                self._settle(name, *settled[name])
+
+    def _attempt(self, rounding: str, names: Sequence[str], statistics: InputStatistics, settings: WalkSettings) -> list[Rounded]:
+        step = ROUNDING_STEPS[rounding]
+        if step.needs(settings).inputs and statistics.tokens == 0 and rounding != "rtn":
+            raise FormatError("no calibration token reached it")
+        return step.apply([self.task.linears[name].weight.detach() for name in names], self.spec, statistics, settings)
+
+    def _method_name(self, rounding: str) -> str:
+        return rounding if self.recipe.transform is None else f"{self.recipe.transform}+{rounding}"
+
+    def _rtn_error(self, name: str, tokens: torch.Tensor) -> float | None:
+        """The error of the plainest rounding; the measure of what a method is worth."""
+        if not len(tokens):
+            return None
+        weight = self.task.linears[name].weight.detach()
+        return relative_error(weight, rtn(weight, self.spec), tokens)
+
+    def _settle(self, name: str, q: QuantizedTensor | None, report: LayerReport) -> None:
+        """Put the rounded weight in its place; one that stays in high precision is stored as the source had it, or as it was scaled."""
+        linear = self.task.linears[name]
+        self._reports[name] = report
+        if self.task.reference is not None or self.recipe.tuning is not None:
+            self._originals[name] = linear.weight.data
+        if q is None:
+            stored = self.task.stored.get(f"{name}.weight", linear.weight.dtype)
+            if self.recipe.transform is not None:
+                self._touched.add(f"{name}.weight")
+            linear.weight.data = linear.weight.data.to(stored).to(linear.weight.dtype)
+            return
+        self.result.quantized[name] = q
+        linear.weight.data = dequantize(q, linear.weight.dtype)
+        self.formats.attach(name, linear)
