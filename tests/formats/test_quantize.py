@@ -67,7 +67,35 @@ def test_a_dequantized_weight_is_a_fixed_point_and_errs_at_most_half_a_step(name
     rim = 0.5 if spec.type == "int" else 0.0  # a value half a step beyond the last integer errs by half a step
     in_range = (weight / step + shift >= points[0] - rim) & (weight / step + shift <= points[-1] + rim)
     assert in_range.float().mean() > (0.95 if observer == "minmax" else 0.5)
-    assert bool(((weight - back).abs() <= half_gap * step * (1 + 1e-5))[in_range].all())
+    assert bool(((weight - back).abs() <= half_gap * step.abs() * (1 + 1e-5))[in_range].all())
+
+
+@pytest.mark.parametrize("num_bits", [4, 3, 2])
+def test_the_mse_observer_turns_a_symmetric_grid_over_when_the_positive_side_is_longer(num_bits: int) -> None:
+    spec = QuantSpec(num_bits, strategy="channel", scale_dtype="float32")
+    ends = torch.arange(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1)).float().repeat(4)  # every code, -8 to 7 at four bits
+    scale, _, _ = compute_scales(torch.stack([ends, -ends]), spec, observer="mse")
+    assert torch.allclose(scale.flatten(), torch.tensor([1.0, -1.0]))
+    q = quantize(torch.stack([ends, -ends]), spec, scale=scale)
+    assert torch.equal(dequantize(q), torch.stack([ends, -ends]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("num_bits", [8, 4, 3, 2])
+def test_least_squares_scales_are_at_least_as_good_as_a_fine_series(num_bits: int, weighted: bool) -> None:
+    spec, weight = QuantSpec(num_bits, strategy="group", group_size=64, scale_dtype="float32"), gaussian()
+    importance = torch.rand(weight.shape[1]) + 0.1 if weighted else None
+    scale, _, _ = compute_scales(weight, spec, observer="mse", importance=importance)
+
+    def error(scales: torch.Tensor) -> torch.Tensor:
+        difference = dequantize(quantize(weight, spec, scale=scales)) - weight
+        squares = difference.square() if importance is None else difference.square() * importance
+        return squares.view(weight.shape[0], -1, 64).sum(-1)
+
+    minmax, _, _ = compute_scales(weight, spec)
+    series = torch.stack([error(minmax * factor) for factor in torch.linspace(0.3, 1.0, 60)]).amin(0)
+    assert bool((error(scale) <= error(minmax) * (1 + 1e-5)).all())
+    assert error(scale).sum() <= series.sum() * 1.001
 
 
 @pytest.mark.parametrize("num_bits", [8, 4, 3, 2])

@@ -73,7 +73,7 @@ class InputStatistics:
         if self._cross is not None:
             if reference is None:
                 raise FormatError("cross moments need the inputs of the reference path, too")
-            self._cross.addmm_(reference.reshape(rows.shape).float().sub_(rows).T, rows)
+            self._cross.addmm_((reference.reshape(rows.shape).float() - rows).T, rows)
         self._square_sum += rows.square().sum(dim=0, dtype=torch.float64)
         self._abs_sum += absolute.sum(dim=0, dtype=torch.float64)
         torch.maximum(self._max_abs, largest, out=self._max_abs)
@@ -95,16 +95,15 @@ class InputStatistics:
         """H [K, K], float32, a new tensor; None when it is not kept."""
         return None if self._hessian is None else self._hessian / max(self.tokens, 1)
 
-    def take_hessian(self) -> torch.Tensor:
-        """H [K, K] without a copy: the sums become the mean in place, and the statistics no longer have it.
+    @property
+    def moments(self) -> torch.Tensor | None:
+        """Sum over tokens of x x^T, [K, K], float32: the statistics' own tensor, not to be changed; None when it is not kept."""
+        return self._hessian
 
-        Raises:
-            FormatError: it was not kept, or has been taken.
-        """
-        if self._hessian is None:
-            raise FormatError("these statistics hold no second moments")
-        hessian, self._hessian = self._hessian.div_(max(self.tokens, 1)), None
-        return hessian
+    @property
+    def cross_moments(self) -> torch.Tensor | None:
+        """Sum over tokens of (x' - x) x^T, [K, K], float32: the statistics' own tensor, not to be changed; None when it is not kept."""
+        return self._cross
 
     @property
     def cross(self) -> torch.Tensor | None:
