@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbit.errors import FormatError
-from fewbit.formats.grids import GRIDS, NF4_VALUES, decode_values, encode_values, get_grid, value_dtype
+from fewbit.formats.grids import GRIDS, NF4_VALUES, decode_values, encode_values, get_grid, round_to_grid, value_dtype
 from fewbit.formats.spec import QuantSpec
 
 FP8_E4M3 = QuantSpec(8, "float", exponent_bits=4)
@@ -146,3 +146,13 @@ def test_unknown_grid_is_named() -> None:
 def test_every_format_names_its_sources() -> None:
     for grid in GRIDS.values():
         assert all(n.hardware and n.source for n in grid.native)
+
+
+@pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.grid_name)
+def test_rounding_without_codes_is_encoding_and_decoding(spec: QuantSpec) -> None:
+    points = GRIDS[spec.grid_name].code_points()
+    middles = (points[1:] + points[:-1]) / 2
+    inward, outward = torch.nextafter(middles, torch.zeros(())), torch.nextafter(middles, middles * 2)
+    random = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * points[-1] / 2
+    x = torch.cat([points, middles, inward, outward, random, 10 * random, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30])])
+    assert torch.equal(round_to_grid(x.clone(), spec), decode_values(encode_values(x.clone(), spec), spec))

@@ -30,7 +30,18 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.formats.spec import NumberType, QuantSpec
 
-__all__ = ["GRIDS", "NF4_VALUES", "Grid", "NativeSupport", "decode_values", "encode_values", "get_grid", "grid_maximum", "value_dtype"]
+__all__ = [
+    "GRIDS",
+    "NF4_VALUES",
+    "Grid",
+    "NativeSupport",
+    "decode_values",
+    "encode_values",
+    "get_grid",
+    "grid_maximum",
+    "round_to_grid",
+    "value_dtype",
+]
 
 # Fixed by the checkpoints that use them, so they are data and not recomputed; the tests derive them again from normal quantiles.
 NF4_VALUES = (
@@ -269,6 +280,29 @@ def encode_values(x: torch.Tensor, spec: QuantSpec, codebook: torch.Tensor | Non
     if spec.num_bits == 8:
         return x.clamp_(grid.minimum, grid.maximum).to(value_dtype(spec))
     return _count_below(x.abs(), _E2M1_BOUNDARIES).add_(torch.signbit(x), alpha=8)
+
+
+def round_to_grid(x: torch.Tensor, spec: QuantSpec, codebook: torch.Tensor | None = None) -> torch.Tensor:
+    """The grid point nearest to each value: `decode_values(encode_values(x))` without the codes in between, several times as fast.
+
+    A float with M mantissa bits steps by 2**(e - M) between 2**e and 2**(e+1). Adding 1.5 * 2**(23 - M + e) to a float32 and taking it away
+    again rounds to multiples of just that step, ties to even.
+
+    Args:
+        x: float32, any shape, as for `encode_values`. May be overwritten.
+
+    Returns:
+        float32, x's shape.
+    """
+    if spec.type == "int":
+        return x.round_().clamp_(-(2 ** (spec.num_bits - 1)), 2 ** (spec.num_bits - 1) - 1)
+    if spec.type != "float":
+        return decode_values(encode_values(x, spec, codebook), spec, codebook)
+    grid, mantissa_bits = get_grid(spec.grid_name), spec.num_bits - 1 - (spec.exponent_bits or 0)
+    x = x.clamp_(grid.minimum, grid.maximum)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**e: sign and mantissa cleared
+    power.clamp_min_(grid.smallest * 2**mantissa_bits).mul_(1.5 * 2.0 ** (23 - mantissa_bits))
+    return x.add_(power).sub_(power)
 
 
 def decode_values(

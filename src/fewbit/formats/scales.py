@@ -17,8 +17,8 @@ step for INT8.
 **E8M0** (OCP Microscaling 1.0, section 6.3): the exponent is floor(log2(max|x|)) - floor(log2(D)), a power of two, and the largest values
 may saturate (max|x| = 7.9 becomes 6).
 
-**NVFP4**: global = max|W| / (448 * 6) in FP32, then the scales of 16 values fit E4M3; the largest block stores 448. The MSE observer divides
-by 256 instead of 448, so that there is room above the largest block.
+**NVFP4**: global = max|W| / (448 * 6) in FP32, then the scales of 16 values fit E4M3; the largest block stores 448. The MSE observer
+divides by 256 instead of 448, so that there is room above the largest block.
 
 **E8M0 and E4M3 scales under MSE**: the stored codes around min-max are tried one by one (`scale_codes`), upwards too.
 
@@ -44,7 +44,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from fewbit.errors import FormatError
-from fewbit.formats.grids import decode_values, encode_values, grid_maximum
+from fewbit.formats.grids import grid_maximum, round_to_grid
 from fewbit.formats.grouping import check_matrix, row_chunks, to_groups
 from fewbit.formats.scale_codes import HEADROOM, neighbouring_scales
 from fewbit.formats.spec import QuantSpec, ScaleDtype
@@ -134,7 +134,7 @@ def _squared_error(
     scaled = groups / step
     if zero_point is not None:
         scaled = scaled.round_().add_(zero_point.unsqueeze(-1))
-    decoded = decode_values(encode_values(scaled, spec, codebook), spec, codebook)
+    decoded = round_to_grid(scaled, spec, codebook)
     if zero_point is not None:
         decoded -= zero_point.unsqueeze(-1)
     error = decoded.mul_(step).sub_(groups).square_()
