@@ -14,11 +14,14 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
+    OlmoHybridConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 _SIZES = {
@@ -44,7 +47,14 @@ ZOO: dict[str, PretrainedConfig] = {
     "phi3": Phi3Config(**_GATED),
 }
 GPT2 = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1)
-MIXTRAL = MixtralConfig(**_GATED, num_local_experts=4, num_experts_per_tok=2)
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+MIXTURES: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**_GATED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": Qwen2MoeConfig(**_GATED, **_MOE, shared_expert_intermediate_size=128, decoder_sparse_step=1),
+    "qwen3_moe": Qwen3MoeConfig(**_GATED, **_MOE, head_dim=32, mlp_only_layers=[0]),
+}
+# transformers merges three tensors of the disk into one parameter of its linear attention.
+MERGED = OlmoHybridConfig(**_GATED, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=32)
 
 
 def write_model(config: PretrainedConfig, directory: Path, *, dtype: torch.dtype = torch.bfloat16, **save: object) -> Path:
@@ -62,8 +72,8 @@ def write_model(config: PretrainedConfig, directory: Path, *, dtype: torch.dtype
 
 @pytest.fixture(scope="session")
 def zoo_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of one architecture's tiny model, written once: llama, qwen2, qwen3, gemma2, gpt_neox, opt, phi3, gpt2, mixtral."""
-    configs = {**ZOO, "gpt2": GPT2, "mixtral": MIXTRAL}
+    """The directory of one architecture's tiny model, written once: those of ZOO and of MIXTURES, gpt2 and merged."""
+    configs = {**ZOO, **MIXTURES, "gpt2": GPT2, "merged": MERGED}
     written: dict[str, Path] = {}
 
     def directory(name: str) -> Path:

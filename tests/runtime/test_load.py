@@ -19,12 +19,14 @@ from fewbit.errors import CheckpointError, FormatError, UnsupportedModelError, U
 from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import get_scheme
 from fewbit.methods.rtn import rtn
+from fewbit.models.experts import unfuse_experts
 from fewbit.models.shapes import shapes_config
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.load import LoadedModel, load_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gpt_neox", "opt", "phi3"]
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe"]
 IDS = torch.arange(3, 43).view(2, 20)
 
 
@@ -39,7 +41,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def transformers_logits(directory: Path, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return logits(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval())
+    # Experts one after the other, as fewbit computes them; transformers' default adds them up in another order.
+    return logits(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval())
 
 
 def edit_weights(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -50,7 +53,7 @@ def edit_weights(source: Path, target: Path, edit: Callable[[dict[str, torch.Ten
     return target
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *MIXTURES, "gpt2"])
 def test_high_precision_equals_transformers(name: str, zoo_dir: Callable[[str], Path]) -> None:
     loaded = load(zoo_dir(name))
     assert torch.equal(logits(loaded.model), transformers_logits(zoo_dir(name)))
@@ -64,13 +67,14 @@ def test_other_dtypes(dtype: torch.dtype, zoo_dir: Callable[[str], Path]) -> Non
     assert torch.equal(logits(loaded.model), transformers_logits(zoo_dir("qwen2"), dtype))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *MIXTURES])
 def test_quantized_equals_a_model_with_rounded_weights(name: str, zoo_dir: Callable[[str], Path]) -> None:
     """The loader's model computes what transformers' model computes with W replaced by dequantize(rtn(W))."""
     scheme = get_scheme("W4A16-G32")
     assert scheme.weights is not None
     loaded = load(zoo_dir(name), scheme.name, kernel="unfused")
     expected = AutoModelForCausalLM.from_pretrained(zoo_dir(name), dtype=torch.bfloat16).eval()
+    unfuse_experts(expected)
     for path, module in loaded.model.named_modules():
         if isinstance(module, QuantLinear):
             linear = expected.get_submodule(path)
@@ -144,11 +148,21 @@ def test_shards_give_the_same_model(zoo_dir: Callable[[str], Path], write_tiny: 
     assert torch.equal(logits(load(sharded).model), transformers_logits(zoo_dir("llama")))
 
 
-def test_renamed_checkpoints_are_loaded_by_transformers_and_said_so(zoo_dir: Callable[[str], Path]) -> None:
+def test_experts_are_quantized_and_routers_are_not(zoo_dir: Callable[[str], Path]) -> None:
+    loaded = load(zoo_dir("qwen2_moe"), "W4A16-G32")
+    assert loaded.load_note == ""
+    swapped = {name for name, module in loaded.model.named_modules() if isinstance(module, QuantLinear)}
+    assert len(swapped) == 2 * (4 + 3 * 4 + 3)  # attention, experts, the shared expert
+    assert isinstance(loaded.model.model.layers[0].mlp.shared_expert_gate, torch.nn.Linear)
+    assert "model.layers.1.mlp.experts.3.down_proj" in swapped
+
+
+def test_merged_checkpoints_are_loaded_by_transformers_and_said_so(zoo_dir: Callable[[str], Path]) -> None:
     assert load(zoo_dir("llama")).load_note == ""
-    note = load(zoo_dir("mixtral"), "W8A16").load_note
-    assert "by transformers first" in note
-    assert "196,608 parameters of experts" in note
+    assert load(zoo_dir("gpt_neox")).load_note == ""
+    loaded = load(zoo_dir("merged"))
+    assert "by transformers first" in loaded.load_note
+    assert torch.equal(logits(loaded.model), transformers_logits(zoo_dir("merged")))
 
 
 def test_one_linear_at_a_time_is_in_high_precision(zoo_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,11 @@ from fewbit.errors import CheckpointError, ModelNotFoundError, UnsupportedModelE
 from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import Scheme
 from fewbit.formats.tensor import QuantizedTensor
+from fewbit.models.names import DiskNames
 from fewbit.models.reference import reference_model_dir
 from fewbit.models.structure import build_empty_model
 
-__all__ = ["DirectorySource", "RandomSource", "TensorSource", "open_source"]
+__all__ = ["DirectorySource", "RandomSource", "RenamedSource", "TensorSource", "open_source"]
 
 # Everything a causal language model needs, and nothing that could run code: no pickle, no Python.
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
@@ -254,6 +255,71 @@ class RandomSource:
     def describe(self) -> str:
         """`shapes:NAME`."""
         return self._name
+
+
+class RenamedSource:
+    """Another source under the names of the model's parameters (`models.names`); what is merged or unknown keeps its own.
+
+    Args:
+        source: the one to read from.
+        names: what it calls the model's parameters.
+    """
+
+    def __init__(self, source: TensorSource, names: DiskNames) -> None:
+        self._source = source
+        self._disk = dict(names.single)
+        self._model = {disk: name for name, disk in names.single.items()}
+        prefixes = {disk.rpartition(".")[0]: name.rpartition(".")[0] for disk, name in self._model.items() if disk.endswith(".weight")}
+        self._prefixes = {name: disk for disk, name in prefixes.items()}
+        self.quantized_linears = frozenset(prefixes.get(prefix, prefix) for prefix in source.quantized_linears)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The source's."""
+        return self._source.config
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The source's."""
+        return self._source.scheme
+
+    @property
+    def directory(self) -> Path | None:
+        """The source's."""
+        return self._source.directory
+
+    @property
+    def weight_bytes_on_disk(self) -> int | None:
+        """The source's."""
+        return self._source.weight_bytes_on_disk
+
+    def names(self) -> list[str]:
+        """In the source's order."""
+        return [self._model.get(name, name) for name in self._source.names()]
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor by the model's name."""
+        return self._source.get(self._disk.get(name, name))
+
+    def get_quantized(self, prefix: str) -> QuantizedTensor | None:
+        """The stored integers of one linear by the model's name."""
+        return self._source.get_quantized(self._prefixes.get(prefix, prefix))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The source's."""
+        return self._source.tokenizer()
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The source's."""
+        return self._source.generation_config()
+
+    def sha256(self) -> str | None:
+        """The source's."""
+        return self._source.sha256()
+
+    def describe(self) -> str:
+        """As the source."""
+        return self._source.describe()
 
 
 def open_source(model: str | Path | None = None) -> TensorSource:

@@ -5,9 +5,9 @@
     3. tensor by tensor: read, check, quantize, pack, drop
     4. tie what the model ties
 
-The names of a checkpoint are those of the model, for nearly all dense models. Where they are not (transformers 5 merges the experts
-of a mixture into 3-D parameters and renames what old checkpoints hold) transformers itself loads the model first, and the linears
-are quantized from there; `load_note` says so, since the peak memory is then that of the high-precision model.
+A checkpoint may call the model's parameters otherwise (`models.names`); they are found. Where transformers merges several tensors of the
+disk into one parameter, it loads the model itself first, and the linears are quantized from there; `load_note` says so, since the peak
+memory is then that of the high-precision model.
 
 Tied weights: the embedding is the output head in many small models. Both keep pointing to one tensor; a head that is quantized is
 packed from that tensor, and the embedding stays in high precision beside it.
@@ -27,13 +27,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from fewbit.checkpoints.sources import TensorSource
+from fewbit.checkpoints.sources import RenamedSource, TensorSource
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedModelError, UsageError
 from fewbit.formats.cost import storage_bytes
 from fewbit.formats.grouping import scale_shape
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.models.accounting import count_parameters, kv_shape, resident_bytes
+from fewbit.models.experts import is_router, unfuse_experts
+from fewbit.models.names import disk_names
 from fewbit.models.structure import build_empty_model, build_without_weights
 from fewbit.results import KernelUse
 from fewbit.runtime.config import QuantizationConfig
@@ -115,7 +117,8 @@ def load_model(
         UsageError: the checkpoint is quantized in another format than the one asked for.
     """
     _check_scheme(source, config)
-    model = build_without_weights(source.config, dtype=dtype)
+    given, model = source, build_without_weights(source.config, dtype=dtype)
+    source = RenamedSource(given, disk_names(model, given.names()))
     tied = _tied_names(model, source)
     missing, unexpected = _compare_names(model, source, tied)
     notes = []
@@ -137,7 +140,7 @@ def load_model(
     if generation_config is not None:
         model.generation_config = generation_config
     notes.extend(_unquantized_notes(model, config))
-    return _describe(model, linears, source, config, dtype, parameters, "; ".join(notes))
+    return _describe(model, linears, given, config, dtype, parameters, "; ".join(notes))
 
 
 def check_fits(source: TensorSource, config: QuantizationConfig, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> None:
@@ -192,7 +195,9 @@ def _swap_linears(
     as_stored = source.scheme is not None and config.scheme.weights is not None
     swapped: dict[str, QuantLinear] = {}
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or config.is_ignored(name):
+        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+            continue
+        if config.is_ignored(name) or (is_router(name) and name not in source.quantized_linears):
             continue
         if as_stored and name not in source.quantized_linears:
             continue  # the checkpoint keeps it in high precision
@@ -274,6 +279,7 @@ def _load_by_transformers(source: TensorSource, dtype: torch.dtype, missing: lis
         )
     for name, parameter in model.named_parameters():
         _checked(parameter.detach(), name)
+    unfuse_experts(model)
     return model
 
 
