@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from fewbit.models.experts import ExpertList, expert_lists, is_router, unfuse_experts
+from fewbit.models.experts import ExpertList, expert_lists, is_router, same_routing, unfuse_experts
 
 _SIZES = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -119,6 +119,21 @@ def test_rare_expert_sees_its_own_tokens_once() -> None:
     assert torch.equal(seen[1][0], x[10])  # its own token comes first
     assert len(seen[1]) == 100 and len(seen[1].unique(dim=0)) == 100  # fewer than 64 others would be too few: all are shown
     torch.testing.assert_close(shown, plain, rtol=0, atol=1e-6)
+
+
+def test_two_runs_with_the_same_routing_see_the_same_tokens() -> None:
+    mixture = _mixture()
+    x = torch.randn(100, 16, generator=torch.Generator().manual_seed(4))
+    one, weights = _routing(100, [0, 1, 3])
+    other, _ = _routing(100, [2, 3])
+    seen: list[torch.Tensor] = []
+    mixture.get_submodule("0.gate_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    mixture.start_calibration()
+    mixture(x, one, weights)
+    with same_routing(mixture):
+        mixture(x + 1, other, weights)
+    mixture(x, other, weights)
+    assert torch.equal(seen[0] + 1, seen[1]) and len(seen[2]) == 0
 
 
 def test_an_index_beyond_the_experts_is_none() -> None:

@@ -26,13 +26,14 @@ become NaN.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import nn
 
-__all__ = ["EXPERT_PROJECTIONS", "ExpertCoverage", "ExpertList", "expert_lists", "is_router", "unfuse_experts"]
+__all__ = ["EXPERT_PROJECTIONS", "ExpertCoverage", "ExpertList", "expert_lists", "is_router", "same_routing", "unfuse_experts"]
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LEAST_TOKENS = 64
@@ -81,6 +82,9 @@ class ExpertList(nn.ModuleList):
     def __init__(self, experts: list[nn.Module]) -> None:
         super().__init__(experts)
         self.calibrating = False
+        self._counting = False
+        self._pinned = False
+        self._last: torch.Tensor | None = None
         self._tokens = [0] * len(experts)
         self._seen = 0
         self._top_k = 1
@@ -95,9 +99,13 @@ class ExpertList(nn.ModuleList):
             top_k_weights: [tokens, k], what each of them counts.
         """
         result = torch.zeros_like(hidden_states)
+        if self.calibrating:
+            if self._pinned and self._last is not None:
+                top_k_index = self._last
+            self._last = top_k_index
         order = top_k_index.flatten().argsort(stable=True)
         counts = torch.bincount(top_k_index.flatten(), minlength=len(self))[: len(self)].tolist()
-        if self.calibrating:
+        if self._counting:
             self._count(counts, *top_k_index.shape)
         for index, chosen in enumerate(torch.split(order[: sum(counts)], counts)):
             if not len(chosen) and not self.calibrating:
@@ -123,11 +131,12 @@ class ExpertList(nn.ModuleList):
 
     def start_calibration(self) -> None:
         """Begin to count, with all counts at zero and no expert starved."""
-        self.calibrating = True
+        self.calibrating = self._counting = True
         self._tokens, self._seen, self._starved = [0] * len(self), 0, frozenset()
 
     def cover(self) -> ExpertCoverage:
         """After one pass over the calibration text: find the starved experts. From the next forward on they are shown the sample, too."""
+        self._counting = False
         columns = cast(_Expert, self[0]).gate_proj.in_features
         required = max(_LEAST_TOKENS, columns // 8)
         starved = [index for index, count in enumerate(self._tokens) if count < required]
@@ -139,7 +148,8 @@ class ExpertList(nn.ModuleList):
 
     def stop_calibration(self) -> None:
         """Back to plain evaluation: experts without a token are not called."""
-        self.calibrating, self._starved = False, frozenset()
+        self.calibrating = self._counting = False
+        self._starved, self._last = frozenset(), None
 
 
 def unfuse_experts(model: nn.Module) -> list[str]:
@@ -165,6 +175,23 @@ def expert_lists(model: nn.Module) -> Iterator[tuple[str, ExpertList]]:
     for name, module in model.named_modules():
         if isinstance(module, ExpertList):
             yield name, module
+
+
+@contextmanager
+def same_routing(block: nn.Module) -> Iterator[None]:
+    """Inside, experts are given the tokens that they were given in the run before, wherever the router would send them now.
+
+    So the inputs of an expert's linears in two runs over the same window, say with and without rounded weights, are of the same tokens,
+    row by row. Only while calibrating; the block's output means nothing then.
+    """
+    lists = [experts for _, experts in expert_lists(block)]
+    for experts in lists:
+        experts._pinned = True
+    try:
+        yield
+    finally:
+        for experts in lists:
+            experts._pinned = False
 
 
 def is_router(name: str) -> bool:
