@@ -56,7 +56,8 @@ def find_groups(linears: Mapping[str, nn.Linear], run: Callable[[int], object], 
         seen: list[tuple[str, torch.Tensor]] = []
 
         def note(name: str, x: torch.Tensor, seen: list[tuple[str, torch.Tensor]] = seen) -> None:
-            seen.append((name, x))
+            if x.numel():  # experts that no token of the window reached may be called with none
+                seen.append((name, x))
 
         with capture({name: linears[name] for name in linears}, note):
             run(window)
@@ -74,7 +75,7 @@ def _by_tensor(seen: Sequence[tuple[str, torch.Tensor]]) -> list[list[str]]:
     """Names whose tensors are the same memory, in the order of first calls. All tensors are alive, so that addresses are unique."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for name, x in seen:
-        key = (x.data_ptr(), tuple(x.shape), x.stride()) if x.numel() else (name,)
+        key = (x.data_ptr(), tuple(x.shape), x.stride())
         if name not in found.setdefault(key, []):
             found[key].append(name)
     return list(found.values())
