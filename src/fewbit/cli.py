@@ -251,41 +251,86 @@ def bench(
         (render_machine if machine else render_bench)(result, _console())
 
 
-@app.command(epilog=_example("fewbit quantize --scheme W4A16 --out quantized/w4a16"))
+@app.command(epilog=_example("fewbit quantize --scheme W4A16 --method gptq --out quantized/w4a16"))
 def quantize(
     model: ModelArgument = None,
     *,
     scheme: Annotated[str, typer.Option(metavar="NAME", help="Which tensors get which number format, e.g. W4A16, W8A8, FP8.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory; work in progress lives in DIR.partial.")],
-    method: Annotated[str, typer.Option(metavar="NAME", help="How the numbers are chosen.")] = "rtn",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory; unfinished work waits in DIR.partial.")],
+    method: Annotated[
+        str,
+        typer.Option(metavar="CHAIN", help="rtn, gptq, hqq, awq, smoothquant, autoround, or a chain such as awq+gptq or gptq+autoround."),
+    ] = "rtn",
     group_size: Annotated[
         int | None, typer.Option(metavar="SIZE", help="Weights that share a scale, in place of the scheme's.", min=1)
     ] = None,
-    observer: Annotated[str, typer.Option(metavar="NAME", help="How scales are chosen: minmax or mse.")] = "minmax",
+    observer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="How scales are chosen: minmax or mse; the method's own when left out.")
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Linears that stay in high precision besides lm_head, e.g. '*.down_proj'; may be repeated."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR.")] = False,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Calibrate on this text or JSONL file; may be repeated.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Calibrate on a data set of the hub, ID[:CONFIG][:SPLIT]."),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", help="Calibration windows.", min=1)] = 128,
+    sequence_length: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a calibration window.", min=2)] = 512,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap calibration text in the model's chat template.")] = False,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="For drawing text, and for what methods draw.")] = 0,
+    actorder: Annotated[str | None, typer.Option(metavar="NAME", help="GPTQ's order of columns: none or static.")] = None,
+    dampening: Annotated[float | None, typer.Option(metavar="SHARE", help="GPTQ's damping, as a share of the mean diagonal.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for hidden states, e.g. 6GiB; what does not fit goes into DIR.partial.")
+    ] = None,
+    precision: Annotated[str, typer.Option(metavar="DTYPE", help="In which the model is computed: auto, float32 or bfloat16.")] = "auto",
+    gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Compare with the model in high precision on held-out text.")] = True,
+    gate_text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Held-out text of the gate; may be repeated."),
+    ] = None,
+    gate_threshold: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="KL divergence per token above which nothing is written."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write a checkpoint that failed the gate, marked as such.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR, or unfinished work of another command.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every layer in the table, not only the worst.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Make a checkpoint in the compressed-tensors layout."""
+    """Make a checkpoint in the compressed-tensors layout; the same command goes on where it was interrupted."""
     from fewbit.report.quantize_table import render_quantize
+    from fewbit.walk.settings import CalibrationChoice, GateChoice, walk_settings
     from fewbit.workflows.quantize import quantize_model
+    from fewbit.workflows.sizes import parse_bytes
 
+    settings = walk_settings(
+        method=method,
+        observer=observer,
+        actorder=actorder,
+        dampening=dampening,
+        precision=precision,
+        seed=seed,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        calibration=CalibrationChoice(tuple(calibration or ()), dataset, samples, sequence_length, chat_template),
+        gate=GateChoice(gate, tuple(gate_text or ()), gate_threshold, force=force),
+    )
     with _progress(quiet=json) as progress:
         result = quantize_model(
             model,
             scheme=scheme,
-            method=method,
             out=out,
+            settings=settings,
             group_size=group_size,
-            observer=observer,
             ignore=("lm_head", *(ignore or ())),
             overwrite=overwrite,
             progress=progress,
         )
-    _print_json(result) if json else render_quantize(result, _console())
+    _print_json(result) if json else render_quantize(result, _console(), verbose=verbose)
 
 
 @app.command(epilog=_example("fewbit generate --prompt 'def fibonacci(n):' --scheme W8A16"))

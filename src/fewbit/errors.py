@@ -10,6 +10,7 @@
       |- KernelError                no kernel can run what was asked for, or a strict run would have fallen back
       |- CorpusError                text that is missing, empty or too short
       |- MeasurementError           a measurement that failed or cannot be compared with another
+      |- QualityError               a quantized model that lost more than its threshold allows
       |- OutputError                an output directory or file that cannot be written
 
 Every message names the thing that is wrong, where it is and, in `remedy`, what to do about it.
@@ -27,6 +28,7 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "OutputError",
+    "QualityError",
     "UnsupportedModelError",
     "UsageError",
 ]
@@ -80,6 +82,10 @@ class CorpusError(FewbitError):
 
 class MeasurementError(FewbitError):
     """A measurement that failed, or results that must not be compared."""
+
+
+class QualityError(FewbitError):
+    """A quantized model that lost more quality than its threshold allows."""
 
 
 class OutputError(FewbitError):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbit.checkpoints.compressed_tensors import CompressedTensorsReader, layout_format, quantization_config, supports, write_linear
-from fewbit.checkpoints.directory import ShardWriter
+from fewbit.checkpoints.shards import write_tensors
 from fewbit.errors import CheckpointError, FewbitError, FormatError, ModelNotFoundError, UnsupportedModelError, UsageError
 from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
@@ -37,9 +37,8 @@ SAFETENSORS_NAMES = {
 
 def write(directory: Path, scheme: Scheme, linears: dict[str, QuantizedTensor]) -> Path:
     directory.mkdir(exist_ok=True)
-    with ShardWriter(directory) as shards:
-        for prefix, q in linears.items():
-            shards.add_all(write_linear(prefix, q, scheme))
+    tensors = {name: tensor for prefix, q in linears.items() for name, tensor in write_linear(prefix, q, scheme).items()}
+    write_tensors(directory / "model.safetensors", tensors)
     config = {"model_type": "llama", "quantization_config": quantization_config(scheme, ["lm_head"])}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -192,8 +191,7 @@ def test_damaged_tensors_are_named(part: str, damaged: torch.Tensor | None, says
     assert scheme.weights is not None
     tensors = write_linear("a", rtn(weight(32, 64), scheme.weights), scheme)
     del tensors[f"a.{part}"]
-    with ShardWriter(tmp_path) as shards:
-        shards.add_all(tensors | ({f"a.{part}": damaged} if damaged is not None else {}))
+    write_tensors(tmp_path / "model.safetensors", tensors | ({f"a.{part}": damaged} if damaged is not None else {}))
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization_config(scheme, [])}))
     with pytest.raises(CheckpointError, match=says):
         CompressedTensorsReader(tmp_path).read("a")
@@ -213,8 +211,7 @@ def test_damaged_tensors_are_named(part: str, damaged: torch.Tensor | None, says
     ],
 )
 def test_a_configuration_that_is_none_is_refused(config: Any, error: type[FewbitError], tmp_path: Path) -> None:
-    with ShardWriter(tmp_path) as shards:
-        shards.add("a.weight", torch.ones(2))
+    write_tensors(tmp_path / "model.safetensors", {"a.weight": torch.ones(2)})
     if config is not None:
         (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(error):

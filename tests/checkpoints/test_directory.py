@@ -6,9 +6,8 @@ import errno
 from pathlib import Path
 
 import pytest
-import torch
 
-from fewbit.checkpoints.directory import ShardWriter, output_directory
+from fewbit.checkpoints.directory import output_directory
 from fewbit.errors import OutputError
 
 
@@ -70,13 +69,6 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         (partial / "half").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_tensor_twice_is_a_bug(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="'a'"), ShardWriter(tmp_path) as shards:
-        shards.add("a", torch.ones(1))
-        shards.add("a", torch.ones(1))
-    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_the_root_of_the_file_system_is_refused() -> None:

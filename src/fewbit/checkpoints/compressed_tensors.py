@@ -47,7 +47,7 @@ from fewbit.formats.packing import packed_length
 from fewbit.formats.spec import SCHEMES, QuantSpec, ScaleDtype, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 
-__all__ = ["CompressedTensorsReader", "quantization_config", "supports", "write_linear"]
+__all__ = ["CompressedTensorsReader", "layout_format", "quantization_config", "read_linear", "supports", "write_linear"]
 
 _SCALE_DTYPES: Mapping[torch.dtype, ScaleDtype] = {
     torch.float32: "float32",
@@ -276,6 +276,31 @@ class CompressedTensorsReader:
         """
         spec = self.scheme.weights
         assert spec is not None
+        return _Linears(self.files, spec, self._format).read(prefix)
+
+
+def read_linear(files: SafetensorsFiles, prefix: str, scheme: Scheme) -> QuantizedTensor:
+    """The inverse of `write_linear`: one linear out of files that hold its tensors.
+
+    Raises:
+        CheckpointError: as `CompressedTensorsReader.read`.
+        UsageError: the layout cannot hold the scheme.
+    """
+    layout = layout_format(scheme)
+    assert scheme.weights is not None
+    return _Linears(files, scheme.weights, layout).read(prefix)
+
+
+class _Linears:
+    """Linears of one format in safetensors files."""
+
+    def __init__(self, files: SafetensorsFiles, spec: QuantSpec, layout: str) -> None:
+        self.files, self._spec, self._format = files, spec, layout
+        self.directory = files.directory
+
+    def read(self, prefix: str) -> QuantizedTensor:
+        """The weight of one linear."""
+        spec = self._spec
         values = self._values(prefix, spec)
         scale = self._tensor(prefix, "weight_scale", _dtype_of(spec.scale_dtype), scale_shape(spec, *values.shape))
         if scale.is_floating_point() and not bool(scale.float().isfinite().all()):

@@ -1,6 +1,6 @@
 """The README.md of a checkpoint: what it is, how it was made, how to load it.
 
-A model card states what is known and nothing else: quality stands in it only when it was measured.
+A model card states what is known and nothing else: quality stands in it only when it was measured, and a skipped or failed gate is said.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fewbit.results import QualityResult, QuantizeResult
+from fewbit.results import GateResult, QualityResult, QuantizeResult
 
 __all__ = ["model_card", "source_licence"]
 
@@ -48,11 +48,7 @@ def model_card(
         "",
         *_table(_facts(result)),
         "",
-        *(
-            _quality(quality)
-            if quality
-            else ["Quality has not been measured: run `fewbit compare` on the source to see what this scheme costs.", ""]
-        ),
+        *(_quality(quality) if quality else _gate(result.gate)),
         "## Load it",
         "",
         "```python",
@@ -82,8 +78,16 @@ def source_licence(directory: Path) -> str | None:
 
 
 def _facts(result: QuantizeResult) -> list[tuple[str, str]]:
+    calibration = result.calibration
+    seen = (
+        "none"
+        if calibration is None
+        else f"{calibration.samples} windows of {calibration.sequence_length} tokens of {calibration.source}, seed {calibration.seed}, "
+        f"ids SHA-256 {calibration.ids_sha256[:16]}..."
+    )
     return [
         ("method", f"{result.method}, scales by {result.observer}"),
+        ("calibration", seen),
         ("weights", result.weights),
         ("input activations", result.input_activations),
         ("layout", f"{result.layout}, {result.layout_format}"),
@@ -95,6 +99,28 @@ def _facts(result: QuantizeResult) -> list[tuple[str, str]]:
         ("bytes", f"{result.checkpoint_bytes:,} (source {result.source_bytes:,})"),
         ("source weights, SHA-256", result.source_sha256 or "unknown"),
     ]
+
+
+def _gate(gate: GateResult | None) -> list[str]:
+    """What the comparison at the end of the quantization found, or that there was none."""
+    if gate is None or gate.kl_nats is None or gate.threshold_nats is None:
+        return [
+            "Quality has not been measured, the gate was skipped: run `fewbit compare` on the source to see what this scheme costs.",
+            "",
+        ]
+    warning = [
+        "**This checkpoint failed its quality gate and was written because its maker insisted.** Measure it before you use it.",
+        "",
+    ]
+    kl = gate.kl_nats
+    rows = [
+        ("gate", gate.outcome),
+        ("KL divergence to the source", f"{kl.value:.5f} nats per token ({kl.low:.5f} to {kl.high:.5f}), at most {gate.threshold_nats:g}"),
+        ("perplexity", f"{gate.perplexity:.4g} (source {gate.reference_perplexity:.4g})"),
+        ("top-1 tokens that flip", f"{gate.flip_share:.2%}"),
+        ("text", f"{gate.text}, {gate.tokens:,} tokens in {gate.windows} windows, SHA-256 {gate.text_sha256[:16]}..."),
+    ]
+    return ["## Quality", "", *(warning if gate.outcome == "forced" else []), *_table(rows), ""]
 
 
 def _quality(quality: QualityResult) -> list[str]:

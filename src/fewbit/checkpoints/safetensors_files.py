@@ -82,7 +82,8 @@ class SafetensorsFiles:
     """The tensors of a Hugging Face directory, read lazily.
 
     Args:
-        directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`, or a single file `*.safetensors`.
+        directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`, or a single file `*.safetensors`; or is such a
+            file itself.
 
     Raises:
         ModelNotFoundError: no such directory, or no weights in it (pickle files are not weights: fewbit never unpickles).
@@ -91,7 +92,8 @@ class SafetensorsFiles:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        index, self._files = _find_files(self.directory)
+        is_file = self.directory.suffix == ".safetensors" and self.directory.is_file()
+        index, self._files = ({}, (self.directory,)) if is_file else _find_files(self.directory)
         self._entries: dict[str, TensorEntry] = {}
         for file in self._files:
             for name, entry in read_header(file).items():
@@ -131,6 +133,10 @@ class SafetensorsFiles:
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype, from the header."""
         return self._entry(name).dtype
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where the tensor lies."""
+        return self._entry(name)
 
     def nbytes(self, name: str) -> int:
         """The tensor's bytes on disk."""

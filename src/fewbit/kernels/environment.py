@@ -7,9 +7,10 @@ import platform
 import subprocess
 from pathlib import Path
 
-__all__ = ["cpu_flags", "cpu_name", "memory_bytes"]
+__all__ = ["cpu_flags", "cpu_name", "memory_bytes", "peak_rss_bytes"]
 
 _CPUINFO = Path("/proc/cpuinfo")
+_STATUS = Path("/proc/self/status")
 
 
 def cpu_flags() -> frozenset[str]:
@@ -32,6 +33,15 @@ def cpu_name() -> str:
 def memory_bytes() -> int:
     """Physical memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_rss_bytes() -> int | None:
+    """The largest resident memory that this process has had (VmHWM, mapped file pages included); None where the system does not say."""
+    if not _STATUS.exists():
+        return None
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    found = next((line for line in lines if line.startswith("VmHWM:")), None)
+    return None if found is None else int(found.split()[1]) * 1024
 
 
 def _cpuinfo(key: str) -> str:

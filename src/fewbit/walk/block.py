@@ -30,6 +30,7 @@ from fewbit.kernels.base import KernelRequest
 from fewbit.kernels.dispatch import select
 from fewbit.methods.rtn import rtn
 from fewbit.methods.statistics import InputStatistics
+from fewbit.models.experts import expert_lists
 from fewbit.models.links import Link
 from fewbit.results import LayerReport
 from fewbit.walk.activations import ActivationStore
@@ -185,6 +186,7 @@ class _BlockWork:
         self.result = BlockResult()
         self._reports: dict[str, LayerReport] = {}
         self._originals: dict[str, torch.Tensor] = {}
+        self._baseline: dict[str, float | None] = {}
         self._touched: set[str] = set()
 
     def run(self) -> BlockResult:
@@ -194,15 +196,37 @@ class _BlockWork:
                 q, report = round_alone(task.names[name], linear.weight, self.scheme, self.settings)
                 self._settle(name, q, report)
         else:
+            self._count_experts()
             groups = find_groups(task.linears, self._run_quantized, len(task.inputs))
             if self.recipe.transform is not None:
                 self._transform(groups)
             together = stages(groups) if self.settings.true_sequential else [list(groups)]
             for stage in together:
                 self._round_stage(stage)
+            for _, experts in expert_lists(task.block):
+                experts.stop_calibration()
         self.result.layers = [self._reports[name] for name in task.linears]
         self._collect_changed()
         return self.result
+
+    def _count_experts(self) -> None:
+        """Let a mixture count how many tokens reach each expert; those with too few are lent others from then on (`models.experts`)."""
+        assert self.task.inputs is not None
+        lists = list(expert_lists(self.task.block))
+        for _, experts in lists:
+            experts.start_calibration()
+        if lists:
+            for window in range(self.task.fitted):
+                self._run_quantized(window)
+        for name, experts in lists:
+            coverage = experts.cover()
+            low, high = min(coverage.tokens), max(coverage.tokens)
+            note = f"{name}: {low:,} to {high:,} calibration tokens per expert"
+            if coverage.starved:
+                starved = ", ".join(map(str, coverage.starved[:8])) + (", ..." if len(coverage.starved) > 8 else "")
+                note += f"; {len(coverage.starved)} of {len(coverage.tokens)} had fewer than {coverage.required:,} ({starved})"
+                note += f" and were lent {coverage.sampled:,} others"
+            self.result.notes.append(note)
 
     # -------------------------------------------------------------------------------------------------------- running the block
 
@@ -239,7 +263,11 @@ class _BlockWork:
             fit = window < task.fitted
             wanted = self._reference_inputs(watched, window) if with_reference and fit else {}
             into = statistics if fit else held
-            with capture(watched, lambda name, x, into=into, wanted=wanted: into[first[name]].update(x, wanted.get(name)), stop=True):  # type: ignore[misc]
+
+            def see(name: str, x: torch.Tensor, into: Any = into, wanted: Any = wanted) -> None:
+                into[first[name]].update(x, self._matching(x, wanted.get(name)))
+
+            with capture(watched, see, stop=True):
                 self._run_quantized(window)
         return statistics, {group: held[group].sample for group in groups}
 
@@ -251,6 +279,11 @@ class _BlockWork:
             self.task.call(hidden)
         return found
 
+    @staticmethod
+    def _matching(x: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor | None:
+        """The reference where it is of the same tokens; a mixture may route them otherwise on the two paths, and then nothing is known."""
+        return x if reference is not None and reference.shape != x.shape else reference
+
     # --------------------------------------------------------------------------------------------------------------- transforms
 
     def _transform(self, groups: Sequence[Group]) -> None:
@@ -259,7 +292,9 @@ class _BlockWork:
         links = [link for link in self.task.links if self._can_fold(link, groups)]
         read = {link: [group for group in groups if set(group.names) <= set(link.readers)] for link in links}
         wanted = [group for group in groups if any(group in found for found in read.values())]
-        statistics, _ = self._gather(wanted, {group: step.needs(group.columns) for group in wanted})
+        statistics, held = self._gather(wanted, {group: step.needs(group.columns) for group in wanted})
+        for group in wanted:  # the measure is rounding to nearest of the weights as they were, not of the scaled ones
+            self._baseline |= {name: self._rtn_error(name, held[group]) for name in group.names}
         for link in links:
             weights = [self.task.linears[name].weight.detach() for group in read[link] for name in group.names]
             known = statistics[read[link][0]]
@@ -312,7 +347,7 @@ class _BlockWork:
         task, waiting = self.task, list(group.names)
         notes: dict[str, list[str]] = {name: [] for name in group.names}
         settled: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
-        baseline = {name: self._rtn_error(name, tokens) for name in group.names}
+        baseline = {name: self._baseline.get(name) or self._rtn_error(name, tokens) for name in group.names}
         for what, rounding, settings in retries(self.settings):
             if not waiting:
                 break

@@ -12,15 +12,25 @@ A method is written as a chain, `transform + rounding + tuning`, each part optio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from fewbit.errors import UsageError
 from fewbit.formats.scales import Observer
-from fewbit.methods.gptq import GPTQSettings
+from fewbit.methods.gptq import ActOrder, GPTQSettings
 
-__all__ = ["ROUNDINGS", "TRANSFORMS", "TUNINGS", "CalibrationChoice", "GateChoice", "Recipe", "WalkSettings", "WorkingPrecision"]
+__all__ = [
+    "ROUNDINGS",
+    "TRANSFORMS",
+    "TUNINGS",
+    "CalibrationChoice",
+    "GateChoice",
+    "Recipe",
+    "WalkSettings",
+    "WorkingPrecision",
+    "walk_settings",
+]
 
 # What each name does, for `--help` and for messages; `walk.methods` has the functions.
 TRANSFORMS: Mapping[str, str] = {
@@ -149,3 +159,25 @@ class WalkSettings:
             UsageError: it cannot be read.
         """
         return Recipe.parse(self.method)
+
+
+def walk_settings(
+    *, observer: str | None = None, actorder: str | None = None, dampening: float | None = None, precision: str = "auto", **others: Any
+) -> WalkSettings:
+    """Settings out of words, as a command line has them; None leaves a setting as it is.
+
+    Args:
+        observer, precision: names of `WalkSettings`. actorder, dampening: of `GPTQSettings`.
+        others: fields of `WalkSettings`.
+
+    Raises:
+        UsageError: a name that does not exist.
+        FormatError: a dampening that cannot be meant.
+    """
+    choices = {"observer": (observer, Observer), "actorder": (actorder, ActOrder), "precision": (precision, WorkingPrecision)}
+    for what, (given, names) in choices.items():
+        if given is not None and given not in get_args(names):
+            raise UsageError(f"unknown {what} '{given}'", f"choose one of {', '.join(get_args(names))}")
+    chosen = {name: value for name, value in (("actorder", actorder), ("dampening", dampening)) if value is not None}
+    settings = WalkSettings(observer=observer, precision=precision, **others)  # type: ignore[arg-type]
+    return replace(settings, gptq=replace(settings.gptq, **chosen))  # type: ignore[arg-type]

@@ -133,6 +133,7 @@ class Skeleton:
         self.use_overrides = False
         self._tied = dict(self.model.all_tied_weights_keys)
         self._resident: set[str] = set()
+        self._stored_dtypes: dict[str, torch.dtype] = {}
         self._calls: dict[int, dict[int, BlockCall]] = {}
         self._as_tuple: bool | None = None
 
@@ -168,6 +169,11 @@ class Skeleton:
             if f"{prefix}.{name}" in self.names.single:
                 block.get_buffer(name).copy_(self.source.get(self.names.single[f"{prefix}.{name}"]))
         return block
+
+    def stored_dtypes(self, index: int) -> dict[str, torch.dtype]:
+        """The dtypes of a block's parameters when they were last read, as the disk has them, by dotted name in the block."""
+        prefix = f"{self.block_name(index)}."
+        return {name.removeprefix(prefix): dtype for name, dtype in self._stored_dtypes.items() if name.startswith(prefix)}
 
     def unload_block(self, index: int) -> None:
         """Let a block's weights go."""
@@ -210,6 +216,7 @@ class Skeleton:
             )
         tensor = self.source.get(disk)
         check_values(disk, tensor)
+        self._stored_dtypes[name] = tensor.dtype
         return tensor
 
     # ------------------------------------------------------------------------------------------------ what surrounds the blocks

@@ -1,60 +1,49 @@
 """`fewbit quantize`: a model in, a checkpoint out that vLLM, SGLang and transformers load.
 
-The source streams through: one tensor is read, quantized, written and forgotten before the next, so that the peak is about one tensor
-however large the model. Everything that can be known to fail - the scheme, group sizes, the output directory - fails before the first
-tensor is read, and what was written is compared with the source before the directory gets its name.
+    plan        what becomes of which linear, checked before the first weight is read     workflows.quantize_plan
+    walk        block by block, each finished one kept in DIR.partial                     walk.walk
+    gate        KL divergence on held-out text against the scheme's threshold             walk.gate
+    files       shards, config.json, model card, recipe; then DIR.partial becomes DIR     workflows.quantize_files
+
+At most one block is in memory however large the model. Whatever ends the process, the same command goes on behind the last finished block
+and gives the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from pydantic import TypeAdapter
 
-from fewbit.checkpoints.compressed_tensors import CompressedTensorsReader, layout_format, quantization_config, supports, write_linear
-from fewbit.checkpoints.directory import MAX_SHARD_BYTES, ShardWriter, output_directory
-from fewbit.checkpoints.model_card import model_card, source_licence
-from fewbit.checkpoints.safetensors_files import SafetensorsFiles
+from fewbit.checkpoints.compressed_tensors import layout_format
+from fewbit.checkpoints.shards import MAX_SHARD_BYTES
 from fewbit.checkpoints.sources import TensorSource, open_source
-from fewbit.errors import CheckpointError, FormatError, OutputError, UnsupportedModelError, UsageError
-from fewbit.formats.cost import packed_bytes
-from fewbit.formats.grouping import scale_shape
-from fewbit.formats.scales import Observer
-from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
-from fewbit.methods.rtn import rtn
-from fewbit.models.structure import build_empty_model, is_ignored
-from fewbit.results import QuantizeResult
+from fewbit.checkpoints.unfinished import resumable_directory
+from fewbit.errors import QualityError, UsageError
+from fewbit.evaluate.statistics import clustered_mean
+from fewbit.formats.spec import Scheme
+from fewbit.kernels.environment import cpu_flags, memory_bytes, peak_rss_bytes
+from fewbit.results import GateResult, LayerReport, QuantizeResult
+from fewbit.walk.activations import MemoryBudget
+from fewbit.walk.calibration import CalibrationData, load_calibration
+from fewbit.walk.gate import GateSums, GateText, default_threshold, load_gate_text
+from fewbit.walk.settings import WalkSettings
+from fewbit.walk.skeleton import Skeleton
+from fewbit.walk.walk import ProgressCallback, Walk, WalkOutcome
 from fewbit.workflows.environment import environment
+from fewbit.workflows.quantize_files import RECIPE_NAME, TensorTotals, write_companions, write_weights
+from fewbit.workflows.quantize_plan import QuantizePlan, check_method, plan_linears, resolve_scheme
 
-__all__ = ["METHODS", "quantize_model"]
+__all__ = ["quantize_model"]
 
-ProgressCallback = Callable[[int, int, str], None]
-METHODS = ("rtn",)
 _LAYOUT = "compressed-tensors"
-# What a complete directory has beside weights and config.json. No Python: fewbit neither runs nor passes on code of a checkpoint.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "*preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+_VERSIONS = ("torch", "transformers", "compressed-tensors")
 
 
 def quantize_model(
@@ -62,9 +51,9 @@ def quantize_model(
     *,
     scheme: str | Scheme,
     out: str | Path,
-    method: str = "rtn",
+    method: str | None = None,
+    settings: WalkSettings | None = None,
     group_size: int | None = None,
-    observer: str = "minmax",
     ignore: Sequence[str] = ("lm_head",),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -75,235 +64,211 @@ def quantize_model(
     Args:
         model: a directory or a hub id; the bundled reference model when None.
         scheme: a preset's name or a scheme.
-        out: the directory to make; work in progress lives in `out` with `.partial` appended.
-        method: how the numbers are chosen; `rtn`.
+        out: the directory to make; work in progress lives in `out` with `.partial` appended and is taken up by the same call.
+        method: the chain of methods, in place of the settings' own.
+        settings: calibration, gate and everything else that the numbers depend on.
         group_size: weights that share a scale, in place of an integer scheme's own.
-        observer: `minmax` or `mse`.
         ignore: linears that stay in high precision: shell patterns on the dotted name or its last part.
-        overwrite: replace an existing checkpoint.
-        progress: called with (tensors done, tensors, name).
+        overwrite: replace an existing checkpoint, and start over where another command left work.
+        progress: called with (blocks done, blocks, what is being done).
 
     Raises:
         UsageError: an unknown scheme or method, a scheme that the layout lacks, a pattern that matches nothing.
         ModelError, CheckpointError: the source cannot be used, or has NaN or infinite weights.
+        CorpusError: too little calibration text, or too little for the gate.
         FormatError: a group size that does not divide a layer.
-        OutputError: the directory exists or cannot be written.
+        QualityError: the gate failed; the work is kept, and `GateChoice(force=True)` writes it all the same.
+        OutputError: the directory exists, cannot be written, or holds unfinished work of another command.
     """
     started = time.monotonic()
-    if method not in METHODS:
-        raise UsageError(f"unknown method '{method}'", f"only {', '.join(METHODS)} exists yet")
-    scales_by = _checked_observer(observer)
-    resolved = _resolve_scheme(scheme, group_size)
+    settings = settings or WalkSettings()
+    settings = settings if method is None else replace(settings, method=method)
+    resolved = resolve_scheme(scheme, group_size)
+    check_method(settings, resolved)
     source = open_source(model)
-    plan = _plan(source, resolved, tuple(ignore))
-    if source.directory is not None and Path(out).resolve() == source.directory.resolve():
+    plan = plan_linears(source, resolved, tuple(ignore))
+    if Path(out).resolve() == plan.directory.resolve():
         raise UsageError(f"'{out}' is the source itself", "name another directory")
-    with output_directory(out, overwrite=overwrite) as partial:
-        totals = _write_weights(source, resolved, plan, scales_by, ShardWriter(partial, max_shard_bytes), progress)
-        _compare_inventories(source, plan, partial)
-        result = QuantizeResult(
-            model=source.describe(),
-            out=str(out),
-            scheme=resolved.name,
-            weights=str(resolved.weights),
-            input_activations=str(resolved.input_activations or "BF16"),
-            method=method,
-            observer=observer,
-            layout=_LAYOUT,
-            layout_format=layout_format(resolved),
-            quantized_linears=len(plan.quantized),
-            ignored_linears=plan.ignored,
-            kept_tensors=len(source.names()) - len(plan.quantized),
-            parameters=totals.parameters,
-            quantized_parameters=totals.quantized_parameters,
-            source_bytes=totals.source_bytes,
-            checkpoint_bytes=totals.checkpoint_bytes,
-            effective_bits_per_weight=8 * totals.quantized_bytes / totals.quantized_parameters,
-            effective_bits_per_parameter=8 * totals.checkpoint_bytes / totals.parameters,
+    calibration, gate = _texts(source, settings)
+    dtype = _working_dtype(settings)
+    facts = _facts(settings, dtype)
+    command = _command(source, resolved, settings, plan, facts, calibration, gate, max_shard_bytes)
+    with resumable_directory(out, command, overwrite=overwrite) as work:
+        if work.done:
+            return replace(TypeAdapter(QuantizeResult).validate_python(work.result), out=str(out))
+        budget = MemoryBudget(memory_bytes() // 4 if settings.memory_bytes is None else settings.memory_bytes, work.scratch)
+        skeleton = Skeleton(source, dtype=dtype)
+        walk = Walk(
+            skeleton, resolved, settings, frozenset(plan.targets), work, budget, calibration=calibration, gate=gate, progress=progress
+        )
+        outcome = walk.run()
+        decision = _gate_result(outcome.gate, gate, settings, resolved)
+        if decision.outcome == "failed":
+            raise _gate_failure(decision)
+        totals = write_weights(plan, work, outcome.steps, max_shard_bytes)
+        result = _result(source, str(out), resolved, settings, plan, outcome, totals, facts)
+        result = replace(
+            result,
+            calibration=calibration.info if calibration is not None else None,
+            gate=decision,
             duration_s=time.monotonic() - started,
             source_sha256=source.sha256(),
+            peak_rss_bytes=peak_rss_bytes(),
         )
-        _write_companions(plan, resolved, result, partial)
+        write_companions(plan, resolved, result, totals.quantized, work.checkpoint)
+        work.finish(RECIPE_NAME, asdict(result))
     return result
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What happens to which tensor.
-
-    Attributes:
-        directory: the source's.
-        quantized: dotted names of the linears to quantize, with their shapes [out, in].
-        ignored: linears that stay in high precision, those that transformers does not build (extra heads) included.
-    """
-
-    directory: Path
-    quantized: dict[str, tuple[int, int]]
-    ignored: list[str]
-
-
-def _checked_observer(name: str) -> Observer:
-    names: tuple[Observer, ...] = get_args(Observer)
-    for observer in names:
-        if observer == name:
-            return observer
-    raise UsageError(f"unknown observer '{name}'", f"choose one of {', '.join(names)}")
-
-
-def _resolve_scheme(scheme: str | Scheme, group_size: int | None) -> Scheme:
-    """The scheme with another group size put in, and refused when the layout lacks it."""
-    resolved = get_scheme(scheme) if isinstance(scheme, str) else scheme
-    reason = supports(resolved)
-    if reason is not None:
-        raise UsageError(f"scheme {resolved.name} cannot be written: {reason}", "choose another scheme, or run it without a checkpoint")
-    spec = resolved.weights
-    assert spec is not None
-    if spec.scale_dtype == "float32":
-        # Loaders keep this layout's scales in the model's dtype. Rounded here, before the integers are computed, they lose nothing there.
-        spec = replace(spec, scale_dtype="bfloat16")
-        resolved = replace(resolved, weights=spec)
-    if group_size is None or group_size == spec.group_size:
-        return resolved
-    if spec.type != "int" or resolved.input_activations is not None:
-        raise UsageError(
-            f"scheme {resolved.name} has no choice of group size", "leave the group size out, or take an integer weight-only scheme"
+def _texts(source: TensorSource, settings: WalkSettings) -> tuple[CalibrationData | None, GateText | None]:
+    """Calibration data where the recipe needs any, and the gate's windows."""
+    choice, gate = settings.calibration, settings.gate
+    calibration = None
+    if settings.recipe.calibrated:
+        calibration = load_calibration(
+            source.tokenizer(),
+            source.config,
+            files=choice.files,
+            dataset=choice.dataset,
+            samples=choice.samples,
+            sequence_length=choice.sequence_length,
+            seed=settings.seed,
+            chat_template=choice.chat_template,
         )
-    regrouped = replace(resolved, name="", weights=replace(spec, strategy="group", group_size=group_size))
-    base = resolved.name.split("-G")[0].removesuffix("-CHANNEL")
-    presets = (preset.name for preset in SCHEMES.values() if replace(preset, name="") == regrouped)
-    return replace(regrouped, name=next(presets, f"{base}-G{group_size}"))
+    if not gate.enabled:
+        return calibration, None
+    windows, length = gate.windows, gate.sequence_length
+    text = load_gate_text(source.tokenizer(), source.config, gate.texts, windows=windows, sequence_length=length, seed=settings.seed)
+    return calibration, text
 
 
-def _plan(source: TensorSource, scheme: Scheme, ignore: tuple[str, ...]) -> _Plan:
-    if source.directory is None:
-        raise UsageError(f"'{source.describe()}' has no weights to keep", "name a model directory or a hub id")
-    if source.scheme is not None:
-        raise UsageError(f"'{source.describe()}' is quantized already ({source.scheme.name})", "name the model in high precision")
-    empty = build_empty_model(source.config)
-    if any(isinstance(module, Conv1D) for module in empty.modules()):
-        raise UnsupportedModelError(
-            f"'{source.describe()}' has Conv1D layers, which no layout of compressed-tensors holds", "choose another model"
-        )
-    linears = {name: (m.out_features, m.in_features) for name, m in empty.named_modules() if isinstance(m, nn.Linear)}
-    for pattern in ignore:
-        if pattern != "lm_head" and not any(is_ignored(name, (pattern,)) for name in linears):
-            raise UsageError(f"'{pattern}' matches no linear to leave out", f"linears are named like {next(iter(linears), '')}")
-    names = source.names()
-    experts = next((name for name in names if ".experts." in name), None)
-    if experts is not None:
-        raise UnsupportedModelError(
-            f"'{source.describe()}' is a mixture of experts ({experts})", "fewbit quantizes dense models only, so far"
-        )
-    quantized = {name: shape for name, shape in linears.items() if not is_ignored(name, ignore)}
-    if not quantized:
-        raise UsageError("every linear is ignored, nothing would be quantized", "ignore fewer linears")
-    present, known = set(names), set(empty.state_dict())
-    for name, (rows, columns) in quantized.items():
-        if f"{name}.weight" not in present:
-            raise UnsupportedModelError(
-                f"'{source.describe()}' has no tensor '{name}.weight'",
-                "it is tied or stored under another name: leave this linear out",
-            )
-        _checked_for(name, scheme.weights, rows, columns)
-    tied = {name for pair in empty.all_tied_weights_keys.items() for name in pair}
-    missing = next((name for name, _ in empty.named_parameters() if name not in present | tied), None)
-    if missing is not None:
-        raise UnsupportedModelError(
-            f"'{source.describe()}' has no tensor '{missing}': it stores tensors under other names than the model's",
-            "such a checkpoint cannot be written yet; compare, evaluate, bench and generate read it",
-        )
-    extra = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and name not in known]
-    return _Plan(source.directory, quantized, [name for name in linears if name not in quantized] + extra)
+def _working_dtype(settings: WalkSettings) -> torch.dtype:
+    native = settings.precision == "auto" and bool(_BF16_FLAGS & cpu_flags())
+    return torch.bfloat16 if settings.precision == "bfloat16" or native else torch.float32
 
 
-def _checked_for(name: str, spec: QuantSpec | None, rows: int, columns: int) -> None:
-    assert spec is not None
-    try:
-        scale_shape(spec, rows, columns)
-    except FormatError as error:
-        raise FormatError(f"'{name}' [{rows}, {columns}]: {error.problem}", error.remedy) from error
-
-
-@dataclass
-class _Totals:
-    """Sums over the tensors that went through."""
-
-    parameters: int = 0
-    quantized_parameters: int = 0
-    source_bytes: int = 0
-    quantized_bytes: int = 0
-    checkpoint_bytes: int = 0
-
-
-def _write_weights(
-    source: TensorSource, scheme: Scheme, plan: _Plan, observer: Observer, writer: ShardWriter, progress: ProgressCallback | None
-) -> _Totals:
-    """Stream every tensor of the source into shards."""
-    assert scheme.weights is not None
-    names, totals = source.names(), _Totals()
-    with writer as shards:
-        for done, name in enumerate(names):
-            if progress is not None:
-                progress(done, len(names), name)
-            tensor = source.get(name)
-            _check_values(name, tensor)
-            totals.parameters += tensor.numel()
-            totals.source_bytes += tensor.nbytes
-            prefix = name.removesuffix(".weight")
-            if not name.endswith(".weight") or prefix not in plan.quantized:
-                shards.add(name, tensor)
-                continue
-            if tuple(tensor.shape) != plan.quantized[prefix]:
-                what = f"tensor '{name}' is {list(tensor.shape)}, config.json says {list(plan.quantized[prefix])}"
-                raise CheckpointError(what, "they belong to different models")
-            q = rtn(tensor, scheme.weights, observer=observer)
-            totals.quantized_parameters += tensor.numel()
-            totals.quantized_bytes += packed_bytes(q)
-            shards.add_all(write_linear(prefix, q, scheme))
-    totals.checkpoint_bytes = writer.total_bytes
-    if progress is not None:
-        progress(len(names), len(names), "done")
-    return totals
-
-
-def _check_values(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        return
-    bad = int((~tensor.float().isfinite()).sum()) if tensor.dtype.itemsize == 1 else int((~tensor.isfinite()).sum())
-    if bad:
-        raise CheckpointError(f"tensor '{name}' has {bad} NaN or infinite values", "the checkpoint is damaged: download or train it again")
-
-
-def _compare_inventories(source: TensorSource, plan: _Plan, partial: Path) -> None:
-    """Read the headers of what was written and find every tensor of the source in it, quantized or as it was."""
-    written = SafetensorsFiles(partial)
-    for name in source.names():
-        prefix = name.removesuffix(".weight")
-        as_is = name in written and prefix not in plan.quantized
-        quantized = prefix in plan.quantized and f"{prefix}.weight_scale" in written
-        if not (as_is or quantized):
-            raise OutputError(f"tensor '{name}' of the source is missing in what was written", "this is a bug in fewbit: please report it")
-
-
-def _write_companions(plan: _Plan, scheme: Scheme, result: QuantizeResult, partial: Path) -> None:
-    """config.json, tokenizer, chat template, generation configuration, model card and recipe."""
-    for pattern in _COMPANIONS:
-        for path in plan.directory.glob(pattern):
-            if path.is_file() and path.suffix != ".py":
-                shutil.copyfile(path, partial / path.name)
-    if (plan.directory / "additional_chat_templates").is_dir():
-        shutil.copytree(plan.directory / "additional_chat_templates", partial / "additional_chat_templates")
-    config = json.loads((plan.directory / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(scheme, plan.ignored)
-    _write_json(partial / "config.json", config)
-    if set(CompressedTensorsReader(partial).linears) != set(plan.quantized):
-        raise OutputError(f"'{partial}' does not read back as it was written", "this is a bug in fewbit: please report it")
+def _facts(settings: WalkSettings, dtype: torch.dtype) -> dict[str, str]:
+    """What the numbers depend on besides source, scheme and texts: rounding differs between threads, processors and libraries."""
     machine = environment()
-    versions = {"fewbit": machine.fewbit, **{name: machine.versions[name] for name in ("torch", "compressed-tensors")}}
-    (partial / "README.md").write_text(model_card(result, versions=versions, licence=source_licence(plan.directory)), encoding="utf-8")
-    recipe = {"schema_version": 1, "versions": versions, "scheme": asdict(scheme), "result": asdict(result)}
-    _write_json(partial / "fewbit_recipe.json", recipe)
+    numbers = asdict(settings)
+    for name in ("memory_bytes", "calibration", "gate", "precision"):
+        del numbers[name]
+    return {
+        "fewbit": machine.fewbit,
+        **{name: machine.versions[name] for name in _VERSIONS},
+        "threads": str(machine.threads),
+        "processor": machine.cpu,
+        "instruction sets": " ".join(machine.cpu_flags),
+        "working precision": str(dtype).removeprefix("torch."),
+        **{name: value if isinstance(value, str) else json.dumps(value) for name, value in numbers.items()},
+    }
 
 
-def _write_json(path: Path, fields: object) -> None:
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _command(
+    source: TensorSource,
+    scheme: Scheme,
+    settings: WalkSettings,
+    plan: QuantizePlan,
+    facts: dict[str, str],
+    calibration: CalibrationData | None,
+    gate: GateText | None,
+    max_shard_bytes: int,
+) -> dict[str, str]:
+    """What unfinished work must agree in with the command that takes it up."""
+    return {
+        "source": str(source.sha256()),
+        "model": source.describe(),
+        "scheme": json.dumps(asdict(scheme)),
+        "left out": ", ".join(plan.ignored),
+        "calibration text": calibration.info.ids_sha256 if calibration is not None else "none",
+        "gate's text": gate.ids_sha256 if gate is not None else "none",
+        "shards": str(max_shard_bytes),
+        **facts,
+    }
+
+
+def _gate_result(windows: Sequence[GateSums], text: GateText | None, settings: WalkSettings, scheme: Scheme) -> GateResult:
+    if text is None:
+        return GateResult("skipped")
+    tokens = [window.tokens for window in windows]
+    threshold = default_threshold(scheme) if settings.gate.threshold is None else settings.gate.threshold
+    kl = clustered_mean([window.kl for window in windows], tokens)
+    passed = kl.value <= threshold
+    return GateResult(
+        outcome="passed" if passed else ("forced" if settings.gate.force else "failed"),
+        kl_nats=kl,
+        threshold_nats=threshold,
+        flip_share=sum(window.flips for window in windows) / sum(tokens),
+        perplexity=_exp(sum(window.loss for window in windows) / sum(tokens)),
+        reference_perplexity=_exp(sum(window.reference_loss for window in windows) / sum(tokens)),
+        text=text.name,
+        text_sha256=text.sha256,
+        ids_sha256=text.ids_sha256,
+        windows=len(windows),
+        tokens=sum(tokens),
+    )
+
+
+def _exp(loss: float) -> float:
+    return float(torch.tensor(loss, dtype=torch.float64).exp())
+
+
+def _gate_failure(gate: GateResult) -> QualityError:
+    assert gate.kl_nats is not None and gate.threshold_nats is not None
+    return QualityError(
+        f"the quantized model is too far from the model in high precision: KL divergence {gate.kl_nats.value:.4g} nats per token on "
+        f"'{gate.text}', the threshold is {gate.threshold_nats:g} (perplexity {gate.reference_perplexity:.4g} -> {gate.perplexity:.4g})",
+        "choose more bits, smaller groups or a better method; --force writes it all the same, without doing the work again",
+    )
+
+
+def _result(
+    source: TensorSource,
+    out: str,
+    scheme: Scheme,
+    settings: WalkSettings,
+    plan: QuantizePlan,
+    outcome: WalkOutcome,
+    totals: TensorTotals,
+    facts: dict[str, str],
+) -> QuantizeResult:
+    quantized = [layer for layer in outcome.layers if layer.name in totals.quantized]
+    fallen_back = [layer.name for layer in outcome.layers if layer.name not in totals.quantized]
+    back = {disk: name for name, disk in plan.names.single.items()}
+    model_names = [back.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in fallen_back]
+    weights = sum(layer.rows * layer.columns for layer in quantized)
+    return QuantizeResult(
+        model=source.describe(),
+        out=out,
+        scheme=scheme.name,
+        weights=str(scheme.weights),
+        input_activations=str(scheme.input_activations or "BF16"),
+        method=settings.recipe.text,
+        observer=_observer_text(settings),
+        layout=_LAYOUT,
+        layout_format=layout_format(scheme),
+        quantized_linears=len(quantized),
+        ignored_linears=list(dict.fromkeys([*plan.ignored, *fallen_back, *model_names])),
+        kept_tensors=totals.kept,
+        parameters=totals.parameters,
+        quantized_parameters=weights,
+        source_bytes=totals.source_bytes,
+        checkpoint_bytes=totals.checkpoint_bytes,
+        effective_bits_per_weight=_bits(quantized) / weights if weights else 16.0,
+        effective_bits_per_parameter=8 * totals.checkpoint_bytes / totals.parameters,
+        duration_s=0.0,
+        settings=facts,
+        layers=outcome.layers,
+        blocks=outcome.blocks,
+        notes=outcome.notes,
+    )
+
+
+def _bits(layers: Sequence[LayerReport]) -> float:
+    return sum(layer.bits * layer.rows * layer.columns for layer in layers)
+
+
+def _observer_text(settings: WalkSettings) -> str:
+    if settings.recipe.rounding == "gptq":
+        return settings.gptq.observer
+    return settings.observer or ("mse" if settings.recipe.transform == "awq" else "minmax")

@@ -1,0 +1,152 @@
+"""What `fewbit quantize` will do, decided and checked before the first weight is read.
+
+Everything that can be known to fail - the scheme, group sizes, patterns that match nothing, a layout that lacks the format, tensors that
+the source does not have - fails here, in a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fewbit.checkpoints.compressed_tensors import supports
+from fewbit.checkpoints.sources import TensorSource
+from fewbit.errors import FormatError, UnsupportedModelError, UsageError
+from fewbit.formats.grouping import scale_shape
+from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
+from fewbit.models.experts import is_router
+from fewbit.models.names import DiskNames, disk_names
+from fewbit.models.structure import build_empty_model, is_ignored
+from fewbit.walk.settings import WalkSettings
+
+__all__ = ["QuantizePlan", "check_method", "plan_linears", "resolve_scheme"]
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What happens to which tensor.
+
+    Attributes:
+        directory: the source's.
+        targets: dotted names of the linears to quantize, as the model calls them, with their shapes [out, in].
+        names: how they are called on disk.
+        ignored: linears that stay in high precision, as the model and, where that differs, as the disk calls them; those that transformers
+            does not build (extra heads) included.
+    """
+
+    directory: Path
+    targets: Mapping[str, tuple[int, int]]
+    names: DiskNames
+    ignored: list[str]
+
+
+def resolve_scheme(scheme: str | Scheme, group_size: int | None) -> Scheme:
+    """The scheme with another group size put in.
+
+    Raises:
+        UsageError: an unknown scheme, one that the layout lacks, or one without a choice of group size.
+        FormatError: an impossible group size.
+    """
+    resolved = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    reason = supports(resolved)
+    if reason is not None:
+        raise UsageError(f"scheme {resolved.name} cannot be written: {reason}", "choose another scheme, or run it without a checkpoint")
+    spec = resolved.weights
+    assert spec is not None
+    if spec.scale_dtype == "float32":
+        # Loaders keep this layout's scales in the model's dtype. Rounded here, before the integers are computed, they lose nothing there.
+        spec = replace(spec, scale_dtype="bfloat16")
+        resolved = replace(resolved, weights=spec)
+    if group_size is None or group_size == spec.group_size:
+        return resolved
+    if spec.type != "int" or resolved.input_activations is not None:
+        raise UsageError(
+            f"scheme {resolved.name} has no choice of group size", "leave the group size out, or take an integer weight-only scheme"
+        )
+    regrouped = replace(resolved, name="", weights=replace(spec, strategy="group", group_size=group_size))
+    base = resolved.name.split("-G")[0].removesuffix("-CHANNEL")
+    presets = (preset.name for preset in SCHEMES.values() if replace(preset, name="") == regrouped)
+    return replace(regrouped, name=next(presets, f"{base}-G{group_size}"))
+
+
+def check_method(settings: WalkSettings, scheme: Scheme) -> None:
+    """Whether the chain of methods can make this scheme.
+
+    Raises:
+        UsageError: it cannot be read, or does not go with the scheme or the layout.
+    """
+    recipe = settings.recipe
+    if recipe.transform == "smoothquant" and scheme.input_activations is None:
+        raise UsageError(
+            f"smoothquant moves outliers out of quantized activations, and {scheme.name} leaves activations in high precision",
+            "choose W8A8 or another scheme with input activations, or awq for weight-only schemes",
+        )
+    if recipe.rounding == "gptq" and settings.gptq.actorder == "dynamic":
+        raise UsageError(
+            "the column order 'dynamic' needs a group index per column, which this layout does not store", "choose static or none"
+        )
+
+
+def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str]) -> QuantizePlan:
+    """Choose the linears to quantize.
+
+    Args:
+        ignore: shell patterns on the dotted name or its last part.
+
+    Raises:
+        UsageError: the source has no weights or is quantized, or a pattern that matches nothing or everything.
+        UnsupportedModelError: layers that the layout does not hold, or tensors that the source does not have.
+        FormatError: a group size that does not divide a layer.
+    """
+    if source.directory is None:
+        raise UsageError(f"'{source.describe()}' has no weights to keep", "name a model directory or a hub id")
+    if source.scheme is not None:
+        raise UsageError(f"'{source.describe()}' is quantized already ({source.scheme.name})", "name the model in high precision")
+    empty = build_empty_model(source.config)
+    if any(isinstance(module, Conv1D) for module in empty.modules()):
+        raise UnsupportedModelError(
+            f"'{source.describe()}' has Conv1D layers, which no layout of compressed-tensors holds", "choose another model"
+        )
+    linears = {name: (m.out_features, m.in_features) for name, m in empty.named_modules() if isinstance(m, nn.Linear)}
+    for pattern in ignore:
+        if pattern != "lm_head" and not any(is_ignored(name, (pattern,)) for name in linears):
+            raise UsageError(f"'{pattern}' matches no linear to leave out", f"linears are named like {next(iter(linears), '')}")
+    names = disk_names(empty, source.names())
+    if names.merged:
+        parameter = next(iter(names.merged))
+        raise UnsupportedModelError(
+            f"'{source.describe()}' stores '{parameter}' in pieces that the model joins ({names.merged[parameter][0]}, ...)",
+            "such a checkpoint cannot be written yet; compare, evaluate, bench and generate read it",
+        )
+    targets = {name: shape for name, shape in linears.items() if not is_ignored(name, ignore) and not is_router(name)}
+    if not targets:
+        raise UsageError("every linear is ignored, nothing would be quantized", "ignore fewer linears")
+    for name, (rows, columns) in targets.items():
+        if f"{name}.weight" not in names.single:
+            raise UnsupportedModelError(
+                f"'{source.describe()}' has no tensor '{name}.weight'",
+                "it is tied or stored under another name: leave this linear out",
+            )
+        _check_fits(name, scheme.weights, rows, columns)
+    tied = {name for pair in empty.all_tied_weights_keys.items() for name in pair}
+    missing = next((name for name, _ in empty.named_parameters() if name not in names.single and name not in tied), None)
+    if missing is not None:
+        raise UnsupportedModelError(
+            f"'{source.describe()}' has no tensor '{missing}'", "a shard is missing, or the weights belong to another configuration"
+        )
+    left_out = [name for name in linears if name not in targets]
+    left_out += [names.prefix(name) for name in left_out if names.prefix(name) != name]
+    left_out += [name.removesuffix(".weight") for name in names.unknown if name.endswith(".weight")]
+    return QuantizePlan(source.directory, targets, names, left_out)
+
+
+def _check_fits(name: str, spec: QuantSpec | None, rows: int, columns: int) -> None:
+    assert spec is not None
+    try:
+        scale_shape(spec, rows, columns)
+    except FormatError as error:
+        raise FormatError(f"'{name}' [{rows}, {columns}]: {error.problem}", error.remedy) from error
