@@ -73,9 +73,9 @@ class Evaluator:
     Args:
         model: a Hugging Face directory.
         max_tokens: of held-out text, drawn evenly over the corpus by the `stdlib` protocol.
-        context_length: tokens of a window, at most 512.
 
     Attributes:
+        model_key: hash of the model's files.
         key: hash of the model's files and of the windows; scores under different keys are never compared.
         perplexity: of the model in high precision.
     """
@@ -86,9 +86,11 @@ class Evaluator:
         self._source = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         windows = make_windows("stdlib", load_corpus(), AutoTokenizer.from_pretrained(model), self.model.config, max_tokens=max_tokens)
         self.ids = torch.stack(windows.ids)
-        digest = hashlib.sha256(self.ids.numpy().tobytes())
+        digest = hashlib.sha256()
         for file in sorted(model.glob("*.safetensors")):
             digest.update(file.read_bytes())
+        self.model_key = digest.hexdigest()[:16]
+        digest.update(self.ids.numpy().tobytes())
         self.key = digest.hexdigest()[:16]
         self._expected = [self._log_probabilities(batch) for batch in self.ids.split(_BATCH_WINDOWS)]
         losses = [_losses(batch, log_p) for batch, log_p in zip(self.ids.split(_BATCH_WINDOWS), self._expected, strict=True)]

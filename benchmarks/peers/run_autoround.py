@@ -4,6 +4,7 @@ Methods:
     autoround   AutoRound(...) with its defaults: 200 iterations, batches of 8, learning rate 1/200, tuned minmax.
     rtn         the same with no iterations.
 
+torch.compile is off: it changes no number, and compiling for each shape of block costs more than it saves on small models.
 The defaults for the data are 128 samples of 2,048 tokens; here the samples are the job's windows. Integers are recovered from the
 weights, which the library leaves as (integer - zero point) x scale, with the scale and zero point that it keeps on each layer.
 """
@@ -35,6 +36,7 @@ def _tuner(job: Job, model: torch.nn.Module) -> Any:
         seqlen=ids.shape[1],
         seed=job.seed + 42,  # 42 is its default
         device_map="cpu",
+        enable_torch_compile=False,
         **({"iters": 0} if job.method == "rtn" else {}),
         **job.options,
     )

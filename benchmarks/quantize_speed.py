@@ -1,0 +1,187 @@
+"""Time to quantize one block of Llama-2-7B's shapes, against llm-compressor and GPTQModel, on the same cores.
+
+    python benchmarks/quantize_speed.py                 # about half an hour on two cores; nothing else should run
+    python benchmarks/quantize_speed.py --repeats 3     # the least of three runs of each side, in turns
+
+The model is one decoder block with random weights, written to disk as a Hugging Face directory in BF16: hidden size 4096, inner size
+11008, 32 heads, and the bundled tokenizer's 4,096 entries for a vocabulary, so that every side can read the same text. Calibration: 8
+windows of 512 tokens, the same for all. W4 in groups of 128, symmetric.
+
+What is timed is each library's call that quantizes, in a process of its own: calibration included, imports and loading the model
+excluded. For fewbit this is all of `quantize_model`, which also reads the weights, checks each layer on windows that it holds back, and
+writes the checkpoint. Peers run in float32: BF16 takes several times as long on a CPU without BF16 instructions. The time of the whole
+process and the peak memory are printed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _bars import Bar, NotMeasuredError, add_arguments, run_bars
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from environments import interpreter  # noqa: E402
+
+_HERE = Path(__file__).parent
+CACHE = _HERE.parent / "results" / "quantize_speed"
+SAMPLES, TOKENS = 8, 512
+THRESHOLD = 0.5
+PAIRS = (
+    ("gptq-over-llmcompressor", "gptq", "llmcompressor"),
+    ("gptq-over-gptqmodel", "gptq", "gptqmodel"),
+    ("awq-over-llmcompressor", "awq", "llmcompressor"),
+)
+OURS = "fewbit"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the quantization and of the whole process, and the process's peak memory."""
+
+    seconds: float
+    process_seconds: float
+    peak_rss_bytes: int
+    threads: int
+
+
+def make_model(directory: Path, *, hidden_size: int = 4096, intermediate_size: int = 11008, heads: int = 32) -> None:
+    """Write one block with random weights in BF16, the bundled tokenizer beside it. An existing directory is kept."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from fewbit.models.reference import reference_model_dir
+
+    if (directory / "config.json").is_file():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(reference_model_dir())
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        num_hidden_layers=1,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def write_tokens(directory: Path, file: Path) -> None:
+    """The calibration windows, int64 [8, 512], that fewbit will draw from the same seed."""
+    from safetensors.torch import save_file
+
+    from fewbit.checkpoints.sources import open_source
+    from fewbit.walk.calibration import load_calibration
+
+    source = open_source(directory)
+    drawn = load_calibration(source.tokenizer(), source.config, samples=SAMPLES, sequence_length=TOKENS, seed=0)
+    save_file({"ids": drawn.ids.contiguous()}, file)
+
+
+class Timings:
+    """Times of all sides, each measured once per repeat, in turns."""
+
+    def __init__(self, threads: int, repeats: int, folder: Path = CACHE) -> None:
+        self.threads, self.repeats, self.folder = threads, repeats, folder
+        self._best: dict[tuple[str, str], Timing] = {}
+        self._failures: dict[tuple[str, str], str] = {}
+
+    def measure(self) -> None:
+        """Run everything that the bars need; failures are remembered and told by the bars."""
+        make_model(self.folder / "model")
+        write_tokens(self.folder / "model", self.folder / "tokens.safetensors")
+        sides = dict.fromkeys((side, method) for _, method, peer in PAIRS for side in (OURS, peer))
+        for _ in range(self.repeats):
+            for side, method in sides:
+                if (side, method) in self._failures:
+                    continue
+                try:
+                    timing = self._run(side, method)
+                except NotMeasuredError as error:
+                    self._failures[side, method] = str(error)
+                    continue
+                known = self._best.get((side, method))
+                self._best[side, method] = timing if known is None or timing.seconds < known.seconds else known
+                print(
+                    f"{side:<14} {method:<5} {timing.seconds:8.1f} s   whole process {timing.process_seconds:8.1f} s   "
+                    f"peak {timing.peak_rss_bytes / 2**30:5.2f} GiB   {timing.threads} threads",
+                    flush=True,
+                )
+
+    def _run(self, side: str, method: str) -> Timing:
+        folder = self.folder / f"{side}-{method}"
+        folder.mkdir(parents=True, exist_ok=True)
+        job: dict[str, Any] = {
+            "model": str(self.folder / "model"),
+            "tokens": str(self.folder / "tokens.safetensors"),
+            "method": method,
+            "num_bits": 4,
+            "group_size": 128,
+            "threads": self.threads,
+            "dtype": "float32",
+            "export": False,
+            "options": {"samples": SAMPLES, "sequence_length": TOKENS} if side == OURS else {},
+        }
+        (folder / "job.json").write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+        (folder / "result.json").unlink(missing_ok=True)
+        try:
+            python = sys.executable if side == OURS else str(interpreter(side))
+        except subprocess.CalledProcessError as error:
+            raise NotMeasuredError(f"{side} does not install: pip ended with exit code {error.returncode}") from error
+        command = [python, str(_HERE / "peers" / f"run_{side}.py"), str(folder / "job.json"), str(folder)]
+        with (folder / "log.txt").open("w", encoding="utf-8") as log:
+            process = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        if process.returncode != 0:
+            last = ((folder / "log.txt").read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
+            raise NotMeasuredError(f"{side} {method} ended with exit code {process.returncode}: {last}")
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return Timing(*(result[name] for name in ("seconds", "process_seconds", "peak_rss_bytes", "threads")))
+
+    def seconds(self, side: str, method: str) -> float:
+        """Least seconds of the quantization.
+
+        Raises:
+            NotMeasuredError: it failed.
+        """
+        if (side, method) in self._failures:
+            raise NotMeasuredError(self._failures[side, method])
+        return self._best[side, method].seconds
+
+
+def bars(timings: Timings) -> list[Bar]:
+    """One ratio of times per peer and method."""
+
+    def ratio(method: str, peer: str) -> Callable[[], float]:
+        return lambda: timings.seconds(OURS, method) / timings.seconds(peer, method)
+
+    note = "seconds of the quantization over the peer's"
+    return [Bar(name, ratio(method, peer), "<=", THRESHOLD, note) for name, method, peer in PAIRS]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each side, in turns; the quickest counts")
+    parser.add_argument("--threads", type=int, default=0, help="of every side; torch's default when left out")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    timings = Timings(arguments.threads, arguments.repeats)
+    if not arguments.list:
+        timings.measure()
+    return run_bars(bars(timings), list_only=arguments.list, json_file=arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
