@@ -27,7 +27,7 @@ from typing import Any
 from _bars import Bar, NotMeasuredError, add_arguments, run_bars
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from environments import interpreter  # noqa: E402
+from environments import interpreter
 
 _HERE = Path(__file__).parent
 CACHE = _HERE.parent / "results" / "quantize_speed"
@@ -51,31 +51,22 @@ class Timing:
     threads: int
 
 
-def make_model(directory: Path, *, hidden_size: int = 4096, intermediate_size: int = 11008, heads: int = 32) -> None:
+def make_model(directory: Path) -> None:
     """Write one block with random weights in BF16, the bundled tokenizer beside it. An existing directory is kept."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fewbit.models.reference import reference_model_dir
+    from fewbit.models.shapes import shapes_config
 
     if (directory / "config.json").is_file():
         return
     tokenizer = AutoTokenizer.from_pretrained(reference_model_dir())
-    config = LlamaConfig(
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        num_hidden_layers=1,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = shapes_config("llama-2-7b")
+    config.update({"num_hidden_layers": 1, "vocab_size": len(tokenizer)})
+    config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
