@@ -30,7 +30,7 @@ from fewbit.kernels.base import KernelRequest
 from fewbit.kernels.dispatch import select
 from fewbit.methods.rtn import rtn
 from fewbit.methods.statistics import InputStatistics
-from fewbit.models.experts import expert_lists
+from fewbit.models.experts import expert_lists, same_routing
 from fewbit.models.links import Link
 from fewbit.results import LayerReport
 from fewbit.walk.activations import ActivationStore
@@ -261,28 +261,29 @@ class _BlockWork:
         with_reference = task.reference is not None and any(need.cross for need in needs.values())
         for window in range(len(task.inputs)):
             fit = window < task.fitted
-            wanted = self._reference_inputs(watched, window) if with_reference and fit else {}
             into = statistics if fit else held
-
-            def see(name: str, x: torch.Tensor, into: Any = into, wanted: Any = wanted) -> None:
-                into[first[name]].update(x, self._matching(x, wanted.get(name)))
-
-            with capture(watched, see, stop=True):
+            if fit and with_reference:
+                found = self._inputs(watched, task.inputs[window])
+                beside = self._reference_inputs(watched, window)
+                for name, x in found.items():
+                    into[first[name]].update(x, beside[name])
+                continue
+            with capture(watched, lambda name, x, into=into: into[first[name]].update(x, x), stop=True):  # type: ignore[misc]
                 self._run_quantized(window)
         return statistics, {group: held[group].sample for group in groups}
 
-    def _reference_inputs(self, watched: Mapping[str, nn.Linear], window: int) -> dict[str, torch.Tensor]:
+    def _inputs(self, watched: Mapping[str, nn.Linear], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the linears are given when the block is given `hidden`."""
         found: dict[str, torch.Tensor] = {}
-        assert self.task.reference is not None
-        hidden = self.task.reference[window]
-        with self._as_it_was(), capture(watched, lambda name, x: found.__setitem__(name, x), stop=True):
+        with capture(watched, found.__setitem__, stop=True):
             self.task.call(hidden)
         return found
 
-    @staticmethod
-    def _matching(x: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor | None:
-        """The reference where it is of the same tokens; a mixture may route them otherwise on the two paths, and then nothing is known."""
-        return x if reference is not None and reference.shape != x.shape else reference
+    def _reference_inputs(self, watched: Mapping[str, nn.Linear], window: int) -> dict[str, torch.Tensor]:
+        """What they would be given had nothing been rounded, for the same tokens as in the run before."""
+        assert self.task.reference is not None
+        with self._as_it_was(), same_routing(self.task.block):
+            return self._inputs(watched, self.task.reference[window])
 
     # --------------------------------------------------------------------------------------------------------------- transforms
 

@@ -16,6 +16,7 @@ from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.methods.awq import AWQSettings, awq_scales
 from fewbit.methods.gptq import gptq
+from fewbit.methods.hqq import hqq
 from fewbit.methods.rtn import rtn
 from fewbit.methods.smoothquant import SmoothQuantSettings, smoothquant_scales
 from fewbit.methods.statistics import InputStatistics
@@ -124,9 +125,14 @@ def _gptq(weights: Sequence[torch.Tensor], spec: QuantSpec, statistics: InputSta
     return rounded
 
 
+def _hqq(weights: Sequence[torch.Tensor], spec: QuantSpec, statistics: InputStatistics | None, settings: WalkSettings) -> list[Rounded]:
+    return [Rounded(hqq(weight, spec), "hqq") for weight in weights]
+
+
 ROUNDING_STEPS: Mapping[str, RoundingStep] = {
     "rtn": RoundingStep(_rtn_needs, _rtn),
     "gptq": RoundingStep(_gptq_needs, _gptq),
+    "hqq": RoundingStep(lambda settings: Needs(), _hqq),
 }
 
 

@@ -85,6 +85,10 @@ def check_method(settings: WalkSettings, scheme: Scheme) -> None:
             f"smoothquant moves outliers out of quantized activations, and {scheme.name} leaves activations in high precision",
             "choose W8A8 or another scheme with input activations, or awq for weight-only schemes",
         )
+    if recipe.rounding == "hqq" and (scheme.weights is None or scheme.weights.type != "int"):
+        raise UsageError(
+            f"hqq chooses scales and zero points of integers, and {scheme.name} has none", "choose rtn or gptq for this scheme"
+        )
     if recipe.rounding == "gptq" and settings.gptq.actorder == "dynamic":
         raise UsageError(
             "the column order 'dynamic' needs a group index per column, which this layout does not store", "choose static or none"
