@@ -42,6 +42,7 @@ __all__ = ["Unfinished", "resumable_directory"]
 
 _COMMAND, _STEPS, _SCRATCH, _CHECKPOINT = "command.json", "steps", "scratch", "checkpoint"
 _RESULT = "result"
+_OURS = frozenset({"lock", _COMMAND, f"{_COMMAND}.unfinished", _STEPS, _SCRATCH, _CHECKPOINT})
 
 
 class Unfinished:
@@ -69,11 +70,6 @@ class Unfinished:
     def checkpoint(self) -> Path:
         """The folder that becomes `DIR`; empty at first."""
         return self._directory / _CHECKPOINT
-
-    @property
-    def any_finished(self) -> bool:
-        """Whether there is something that is worth keeping."""
-        return any((self._directory / _STEPS).glob("*.json"))
 
     def record(self, step: str) -> dict[str, Any] | None:
         """What was saved with a finished step; None when it is not finished, or its files are damaged."""
@@ -152,26 +148,32 @@ def resumable_directory(path: str | Path, command: Mapping[str, str], *, overwri
         if not done:
             check_target(target, overwrite)
         partial.mkdir(parents=True, exist_ok=True)
+        stranger = next((entry.name for entry in partial.iterdir() if entry.name not in _OURS), None)
+        if stranger is not None:
+            raise OutputError(f"'{partial}' holds something else than unfinished work ({stranger})", "remove it, or name another directory")
         lock = _lock(partial)
     try:
         with translated(target):
             _take_up(partial, command, overwrite)
-        work = Unfinished(partial, done)
-        finished = False
-        try:
-            with translated(target):
-                yield work
-                if not done:
-                    put_in_place(work.checkpoint, target)
-            finished = True
-        finally:
-            if finished or not work.any_finished:
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                shutil.rmtree(work.scratch, ignore_errors=True)
-                shutil.rmtree(work.checkpoint, ignore_errors=True)
+            work = Unfinished(partial, done)
+            yield work
+            if not done:
+                put_in_place(work.checkpoint, target)
+        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        if _any_finished(partial):
+            for folder in (_SCRATCH, _CHECKPOINT):
+                shutil.rmtree(partial / folder, ignore_errors=True)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
         os.close(lock)
+
+
+def _any_finished(partial: Path) -> bool:
+    """Whether there is something that is worth keeping."""
+    return any((partial / _STEPS).glob("*.json"))
 
 
 def _is_done(partial: Path, target: Path, command: Mapping[str, str]) -> bool:
@@ -203,16 +205,16 @@ def _take_up(partial: Path, command: Mapping[str, str], overwrite: bool) -> None
     """Compare with what began the work, and clear away what is of no use."""
     file = partial / _COMMAND
     try:
-        begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError:
+        begun = json.loads(file.read_text(encoding="utf-8")) if _any_finished(partial) else None
+    except (OSError, ValueError):
         begun = None
     if isinstance(begun, dict) and begun != dict(command):
         if not overwrite:
             raise _other_command(partial, begun, command)
         begun = None
-    for entry in partial.iterdir():
-        if entry.name != "lock" and (begun is None or entry.name not in (_STEPS, _COMMAND)):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for name in _OURS - {"lock"} - ({_STEPS, _COMMAND} if begun is not None else set()):
+        entry = partial / name
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
     for folder in (_STEPS, _SCRATCH, _CHECKPOINT):
         (partial / folder).mkdir(exist_ok=True)
     for leftover in (partial / _STEPS).glob("*.unfinished"):

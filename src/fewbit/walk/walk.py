@@ -123,7 +123,7 @@ class Walk:
             OSError: the system refuses a write.
         """
         records = {name: self._work.record(name) for name in self._step_names()}
-        self._round_outside(records[_OUTSIDE])
+        self._round_outside(records.get(_OUTSIDE))
         pending = any(records[self._block_step(index)] is None for index in range(self._skeleton.num_blocks))
         gate_pending = self._gate is not None and records.get(_GATE) is None
         paths = self._embed() if (pending and self._calibration is not None) or gate_pending else []
@@ -145,7 +145,7 @@ class Walk:
 
     def _step_names(self) -> list[str]:
         blocks = [self._block_step(index) for index in range(self._skeleton.num_blocks)]
-        return [_OUTSIDE, *blocks, *([_GATE] if self._gate is not None else [])]
+        return [*([_OUTSIDE] if self._outside else []), *blocks, *([_GATE] if self._gate is not None else [])]
 
     @staticmethod
     def _block_step(index: int) -> str:
@@ -169,6 +169,8 @@ class Walk:
 
     def _round_outside(self, record: dict[str, Any] | None) -> None:
         """Linears outside of the blocks: their inputs are not gathered, so they are rounded as they are."""
+        if not self._outside:
+            return
         skeleton = self._skeleton
         tensors: dict[str, torch.Tensor] = {}
         layers = []

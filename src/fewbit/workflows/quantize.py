@@ -37,7 +37,7 @@ from fewbit.walk.skeleton import Skeleton
 from fewbit.walk.walk import ProgressCallback, Walk, WalkOutcome
 from fewbit.workflows.environment import environment
 from fewbit.workflows.quantize_files import RECIPE_NAME, TensorTotals, write_companions, write_weights
-from fewbit.workflows.quantize_plan import QuantizePlan, check_method, plan_linears, resolve_scheme
+from fewbit.workflows.quantize_plan import QuantizePlan, check_kept, check_method, plan_linears, resolve_scheme
 
 __all__ = ["quantize_model"]
 
@@ -89,6 +89,7 @@ def quantize_model(
     plan = plan_linears(source, resolved, tuple(ignore))
     if Path(out).resolve() == plan.directory.resolve():
         raise UsageError(f"'{out}' is the source itself", "name another directory")
+    check_kept(source, plan)
     calibration, gate = _texts(source, settings)
     dtype = _working_dtype(settings)
     facts = _facts(settings, dtype)

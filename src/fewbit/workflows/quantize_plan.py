@@ -22,8 +22,9 @@ from fewbit.models.experts import is_router
 from fewbit.models.names import DiskNames, disk_names
 from fewbit.models.structure import build_empty_model, is_ignored
 from fewbit.walk.settings import WalkSettings
+from fewbit.walk.skeleton import check_values
 
-__all__ = ["QuantizePlan", "check_method", "plan_linears", "resolve_scheme"]
+__all__ = ["QuantizePlan", "check_kept", "check_method", "plan_linears", "resolve_scheme"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,18 @@ def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str]) ->
     left_out += [names.prefix(name) for name in left_out if names.prefix(name) != name]
     left_out += [name.removesuffix(".weight") for name in names.unknown if name.endswith(".weight")]
     return QuantizePlan(source.directory, targets, names, left_out)
+
+
+def check_kept(source: TensorSource, plan: QuantizePlan) -> None:
+    """Look for NaN and infinite values in what will be copied, before hours go into the rest; linears are looked at when they are read.
+
+    Raises:
+        CheckpointError: with the tensor's name.
+    """
+    read_later = {plan.names.single[f"{name}.weight"] for name in plan.targets}
+    for name in source.names():
+        if name not in read_later:
+            check_values(name, source.get(name))
 
 
 def _check_fits(name: str, spec: QuantSpec | None, rows: int, columns: int) -> None:
