@@ -36,6 +36,7 @@ from fewbit.formats.quantize import dequantize
 from fewbit.formats.scales import Observer
 from fewbit.formats.spec import QuantSpec
 from fewbit.methods.folding import shared
+from fewbit.methods.moments import moments_factor
 from fewbit.methods.rtn import rtn
 from fewbit.methods.statistics import InputStatistics
 
@@ -126,7 +127,7 @@ class OutputError:
             raise FormatError(f"the weights {[list(w.shape) for w in weights]} do not read an input of width {statistics.columns}")
         self._spec, self._observer = spec, settings.observer
         self._weights = _sampled_rows(weights, spec, settings.most_rows)
-        self._factor = _factor(statistics, settings)
+        self._factor = moments_factor(statistics, vectors=settings.sketch, seed=settings.seed)
         self._mean_square = statistics.mean_square
         self._energy = sum(self._squares(w) for w in self._weights)
 
@@ -150,28 +151,6 @@ def _sampled_rows(weights: Sequence[torch.Tensor], spec: QuantSpec, most_rows: i
         return [w.float() for w in weights]
     step = max(1, -(-sum(w.shape[0] for w in weights) // most_rows))
     return [torch.cat([w[step // 2 :: step] if w.shape[0] > step // 2 else w[:1] for w in weights]).float()]
-
-
-def _factor(statistics: InputStatistics, settings: AWQSettings) -> torch.Tensor:
-    """F [K, n] with F F^T = H, or F F^T ~ H for a layer wider than the sketch."""
-    hessian = statistics.hessian
-    if hessian is None:
-        sample = statistics.sample
-        if sample.shape[0] == 0:
-            raise FormatError("AWQ needs second moments or a sample of the inputs", "gather statistics with hessian=True")
-        return (sample / math.sqrt(sample.shape[0])).T
-    ridge = 1e-6 * float(hessian.diagonal().mean()) + 1e-30
-    hessian.diagonal().add_(ridge)
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    root: torch.Tensor = lower
-    if int(failed):
-        values, vectors = torch.linalg.eigh(hessian)
-        root = vectors * values.clamp_min(0).sqrt()
-    if settings.sketch >= statistics.columns:
-        return root
-    generator = torch.Generator(device=root.device).manual_seed(settings.seed)
-    gaussian = torch.randn(statistics.columns, settings.sketch, generator=generator, device=root.device)
-    return torch.matmul(root, gaussian.div_(math.sqrt(settings.sketch)))
 
 
 def _candidates(
@@ -207,7 +186,7 @@ def _weight_magnitude(weights: Sequence[torch.Tensor], spec: QuantSpec) -> torch
 def _positive(values: torch.Tensor) -> torch.Tensor:
     """Dead channels get the least of the others: they have no say and must not spread the scales."""
     least = values[values > 0].min() if bool((values > 0).any()) else torch.ones(())
-    return values.clamp_min(least * 1.0)
+    return values.clamp_min(float(least))
 
 
 def _normalized(scale: torch.Tensor) -> torch.Tensor:
