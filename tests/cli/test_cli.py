@@ -218,12 +218,12 @@ def test_installed_command_exits_with_two_and_one_line() -> None:
 def test_ctrl_c_is_one_line_and_leaves_nothing(
     tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fewbit.workflows import quantize
+    from fewbit.walk import methods
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize, "rtn", interrupt)
+    monkeypatch.setattr(methods, "rtn", interrupt)
     assert run("quantize", tiny_llama_dir, "--scheme", "W4A16", "--out", tmp_path / "out") == 130
     assert capsys.readouterr().err == "fewbit: error: interrupted\n"
     assert list(tmp_path.iterdir()) == []
