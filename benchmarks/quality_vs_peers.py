@@ -6,8 +6,9 @@
     python benchmarks/quality_vs_peers.py --write FILE           # also keep all figures with their versions
 
 Both sides get the same model directory, calibration windows (128 of 512 tokens of the standard library's training part, and those that
-fewbit holds back for its checks as well, so that it sees no token more) and spec: symmetric integers, one 16-bit scale per group. lm_head
-and embeddings stay as they are. Each side's weights are exported as plain tensors and scored by one evaluator (`_scoring`). Peers run in
+fewbit holds back for its checks as well, so that it sees no token more) and spec: symmetric integers, one 16-bit scale per group. AWQ gets
+32 windows on both sides, because the peer's search runs each block over all of them some sixty times. lm_head and embeddings stay as they
+are. Each side's weights are exported as plain tensors and scored by one evaluator (`_scoring`). Peers run in
 float32, which this machine multiplies several times faster than BF16, with their scales rounded to 16 bits.
 
 Peers run with their defaults, in environments of their own (`peers/`). What a run made is cached under results/quality_vs_peers by the
@@ -64,6 +65,7 @@ CONTENDERS = (
     ("autoround", "autoround"),
     ("hqq", "hqq"),
 )
+WINDOWS, AWQ_WINDOWS = 128, 32
 WITHOUT_CALIBRATION = {"hqq", "rtn"}
 OURS = "fewbit"
 
@@ -131,9 +133,10 @@ class Bench:
         """The one evaluator of a model, made once."""
         return _evaluator(self.models[model])
 
-    def tokens(self, model: str, seed: int) -> tuple[Path, str]:
-        """The file of calibration windows [136, 512] and its hash."""
-        return _tokens(self.models[model], seed)
+    def tokens(self, run: Run) -> tuple[Path, str, int]:
+        """The file of calibration windows [136 or 34, 512], its hash, and the number of windows that none are held back of."""
+        samples = AWQ_WINDOWS if run.method == "awq" else WINDOWS
+        return *_tokens(self.models[run.model], run.seed, samples), samples
 
     def figures(self, run: Run) -> Figures:
         """What a run made, from memory, from the cache, from kept figures, or measured now.
@@ -182,10 +185,12 @@ class Bench:
 
     def _job(self, run: Run) -> tuple[dict[str, Any], str]:
         """The job's fields, and the hash of everything that its result depends on."""
-        tokens, digest = self.tokens(run.model, run.seed)
+        tokens, digest, samples = self.tokens(run)
         num_bits, group_size = SPECS[run.spec]
         spec = {"num_bits": num_bits, "group_size": group_size, "symmetric": True}
-        own = {"dtype": "auto"} if run.side == OURS else {"dtype": "float32"}
+        own: dict[str, Any] = {"dtype": "float32"}
+        if run.side == OURS:
+            own = {"dtype": "auto", "options": {"samples": samples}}
         job = {"method": run.method, "seed": run.seed, **spec, **own}
         software = _sources_digest() if run.side == OURS else lock_file(run.side).read_text(encoding="utf-8")
         depends = json.dumps([job, run.side, self.evaluator(run.model).model_key, digest, software], sort_keys=True)
@@ -212,7 +217,7 @@ def _evaluator(directory: Path) -> Any:
 
 
 @cache
-def _tokens(directory: Path, seed: int) -> tuple[Path, str]:
+def _tokens(directory: Path, seed: int, samples: int) -> tuple[Path, str]:
     import torch
     from safetensors.torch import save_file
 
@@ -220,7 +225,7 @@ def _tokens(directory: Path, seed: int) -> tuple[Path, str]:
     from fewbit.walk.calibration import load_calibration
 
     source = open_source(directory)
-    drawn = load_calibration(source.tokenizer(), source.config, seed=seed)
+    drawn = load_calibration(source.tokenizer(), source.config, seed=seed, samples=samples)
     digest = drawn.info.ids_sha256[:16]
     path = CACHE / "tokens" / f"{digest}.safetensors"
     if not path.is_file():

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-__all__ = ["Export", "Job", "integer_export", "load_model", "logits_of", "main"]
+__all__ = ["Export", "Job", "integer_export", "load_model", "logits_of", "main", "unpack_stream"]
 
 # Tensors that stay in high precision on every side; exporting them again would only cost disk.
 _KEPT = ("lm_head.", "embed_tokens.", "embed_in.", "embed_out.", "wte.", "wpe.", "embed_positions.")
@@ -117,6 +117,16 @@ def integer_export(
     elif zero_point is not None:
         centred = centred - zero_point
     return centred * scale.float()[:, groups]
+
+
+def unpack_stream(packed: torch.Tensor, num_bits: int, length: int) -> torch.Tensor:
+    """int64 [length, n] of int32 [length x num_bits / 32, n]: values in a dense stream of bits, the lowest bits first."""
+    words = packed.long() & 0xFFFFFFFF
+    starts = torch.arange(length) * num_bits
+    word, offset = starts // 32, (starts % 32)[:, None]
+    low = words[word] >> offset
+    high = words[(word + 1).clamp(max=len(words) - 1)] << (32 - offset)
+    return (torch.where(offset + num_bits > 32, low | high, low)) & (2**num_bits - 1)
 
 
 @torch.inference_mode()

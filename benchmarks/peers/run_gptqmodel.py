@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
-from _runner import Export, Job, integer_export, logits_of, main
+from _runner import Export, Job, integer_export, logits_of, main, unpack_stream
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.quantization.config import GPTAQConfig
 from safetensors.torch import load_file
@@ -42,16 +42,6 @@ def _config(job: Job) -> Any:
     return QuantizeConfig(bits=job.num_bits, group_size=job.group_size, sym=job.symmetric, device="cpu", **extra, **job.options)
 
 
-def _unpack(packed: torch.Tensor, num_bits: int, length: int) -> torch.Tensor:
-    """int64 [length, n] of int32 [length x num_bits / 32, n]: values in a dense stream of bits, the lowest bits first."""
-    words = packed.long() & 0xFFFFFFFF
-    starts = torch.arange(length) * num_bits
-    word, offset = starts // 32, (starts % 32)[:, None]
-    low = words[word] >> offset
-    high = words[(word + 1).clamp(max=len(words) - 1)] << (32 - offset)
-    return (torch.where(offset + num_bits > 32, low | high, low)) & (2**num_bits - 1)
-
-
 def _read_back(directory: Path, job: Job) -> tuple[dict[str, torch.Tensor], int, int, list[str]]:
     stored: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
@@ -62,13 +52,13 @@ def _read_back(directory: Path, job: Job) -> tuple[dict[str, torch.Tensor], int,
         g_idx, scale = stored.pop(f"{prefix}.g_idx"), stored.pop(f"{prefix}.scales").t()
         zeros = stored.pop(f"{prefix}.qzeros", None)
         columns, rows = len(g_idx), scale.shape[0]
-        values = _unpack(stored.pop(name), job.num_bits, columns).t()
+        values = unpack_stream(stored.pop(name), job.num_bits, columns).t()
         plain = torch.equal(g_idx.long(), torch.arange(columns) // job.group_size)
         zero_point: float | torch.Tensor = float(2 ** (job.num_bits - 1))
         if not job.symmetric:
             assert zeros is not None
             # The classic layout ("gptq") stores the zero point minus one; "gptq_v2" stores it as it is.
-            zero_point = _unpack(zeros.t(), job.num_bits, rows) + 1
+            zero_point = unpack_stream(zeros.t(), job.num_bits, rows) + 1
         tensors[f"{prefix}.weight"] = integer_export(values, scale, zero_point, None if plain else g_idx)
         parameters += rows * columns
         bits += rows * columns * job.num_bits + 8 * scale.nbytes
