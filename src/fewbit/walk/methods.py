@@ -15,6 +15,7 @@ from fewbit.formats.scales import Observer
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.methods.awq import AWQSettings, awq_scales
+from fewbit.methods.clipping import ClipSettings, clip
 from fewbit.methods.gptq import gptq
 from fewbit.methods.hqq import hqq
 from fewbit.methods.rtn import rtn
@@ -96,18 +97,20 @@ class TransformStep:
 # ------------------------------------------------------------------------------------------------------------------ rounding
 
 
-def _rtn_observer(settings: WalkSettings) -> Observer:
-    if settings.observer is not None:
-        return settings.observer
-    return "mse" if settings.recipe.transform == "awq" else "minmax"
+def _clips(settings: WalkSettings) -> bool:
+    """AWQ's own way to round: the range of each group searched against the output error; a named observer takes its place."""
+    return settings.recipe.transform == "awq" and settings.observer is None
 
 
 def _rtn_needs(settings: WalkSettings) -> Needs:
-    return Needs(inputs=settings.recipe.transform == "awq")
+    return Needs(inputs=settings.recipe.transform == "awq", hessian=_clips(settings))
 
 
 def _rtn(weights: Sequence[torch.Tensor], spec: QuantSpec, statistics: InputStatistics | None, settings: WalkSettings) -> list[Rounded]:
-    observer = _rtn_observer(settings)
+    if _clips(settings) and statistics is not None and statistics.tokens:
+        chosen = ClipSettings(seed=settings.seed)
+        return [Rounded(clip(weight, spec, statistics, chosen), "clip") for weight in weights]
+    observer: Observer = settings.observer or "minmax"
     importance = statistics.mean_square if statistics is not None and statistics.tokens and observer == "mse" else None
     return [Rounded(rtn(weight, spec, observer=observer, importance=importance), "rtn") for weight in weights]
 
@@ -139,12 +142,12 @@ ROUNDING_STEPS: Mapping[str, RoundingStep] = {
 def retries(settings: WalkSettings) -> list[tuple[str, str, WalkSettings]]:
     """What is tried, in turn, for a layer that fails its check: (what, rounding, settings). The last resort is high precision."""
     rounding = settings.recipe.rounding
-    tried = [(rounding, rounding, settings)]
+    tried = [("clip" if rounding == "rtn" and _clips(settings) else rounding, rounding, settings)]
     if rounding == "gptq":
         for times in (10, 100):
             stronger = replace(settings.gptq, dampening=settings.gptq.dampening * times)
             tried.append((f"gptq with dampening {stronger.dampening:g}", "gptq", replace(settings, gptq=stronger)))
-    if rounding != "rtn":
+    if rounding != "rtn" or _clips(settings):
         tried.append(("rtn", "rtn", replace(settings, observer="mse")))
     return tried
 

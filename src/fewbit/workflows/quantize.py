@@ -272,4 +272,4 @@ def _bits(layers: Sequence[LayerReport]) -> float:
 def _observer_text(settings: WalkSettings) -> str:
     if settings.recipe.rounding == "gptq":
         return settings.gptq.observer
-    return settings.observer or ("mse" if settings.recipe.transform == "awq" else "minmax")
+    return settings.observer or ("output error" if settings.recipe.transform == "awq" else "minmax")
