@@ -202,6 +202,7 @@ def main(quantize: Callable[[Job], Export], packages: Iterable[str]) -> None:
     result = {
         "seconds": export.seconds,
         "process_seconds": time.perf_counter() - started,
+        "process_cpu_seconds": time.process_time(),
         "peak_rss_bytes": peak,
         "effective_bits": export.bits / export.parameters if export.parameters else None,
         "quantized_parameters": export.parameters,
