@@ -22,6 +22,7 @@ __all__ = [
     "Counters",
     "Environment",
     "EvaluateResults",
+    "ExpertsReport",
     "FormatData",
     "FormatErrors",
     "FormatInfo",
@@ -445,6 +446,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True, config=_FROZEN)
+class ExpertsReport:
+    """How the calibration text covered the experts of one mixture (`models.experts`).
+
+    Attributes:
+        name: of the module in its block.
+        tokens: calibration tokens that the router sent to each expert.
+        starved: experts with fewer than `required_tokens`. lent_tokens: other tokens that each of them was calibrated on besides its own.
+    """
+
+    name: str
+    tokens: list[int]
+    starved: list[int]
+    required_tokens: int
+    lent_tokens: int
+
+
+@dataclass(frozen=True, config=_FROZEN)
 class BlockReport:
     """One block of the walk; `resumed` when its result was found on disk, finished by an earlier run."""
 
@@ -453,6 +471,7 @@ class BlockReport:
     duration_s: float
     resumed: bool
     notes: list[str]
+    experts: list[ExpertsReport] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, config=_FROZEN)

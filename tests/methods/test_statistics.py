@@ -42,6 +42,17 @@ def test_scaled_statistics_are_those_of_the_scaled_input() -> None:
         torch.testing.assert_close(getattr(scaled, name), getattr(expected, name))
 
 
+def test_pooled_statistics_are_those_of_all_tokens() -> None:
+    x, reference = torch.randn(90, 12), torch.randn(90, 12)
+    parts = [gathered(x[cut], reference[cut], 20) for cut in (slice(0, 10), slice(10, 10), slice(10, 90))]
+    pooled, expected = InputStatistics.pooled(parts), gathered(x, reference, 20)
+    assert pooled.tokens == 90 and len(pooled.sample) <= 16
+    for name in ("hessian", "cross", "mean_square", "mean_abs", "max_abs"):
+        torch.testing.assert_close(getattr(pooled, name), getattr(expected, name))
+    with pytest.raises(FormatError, match="different kinds"):
+        InputStatistics.pooled([parts[0], InputStatistics(12)])
+
+
 def test_what_they_refuse() -> None:
     s = InputStatistics(4, cross=True)
     with pytest.raises(FormatError, match="width 5"):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
+from fewbit.checkpoints.safetensors_files import SafetensorsFiles
+from fewbit.checkpoints.sources import open_source
 from fewbit.models.experts import ExpertList, expert_lists, unfuse_experts
+from fewbit.results import QuantizeResult
+from fewbit.runtime.config import QuantizationConfig
+from fewbit.runtime.load import load_model
+from fewbit.walk import block
 from fewbit.walk.capture import find_groups, stages
+from fewbit.walk.settings import WalkSettings
+from fewbit.workflows.quantize import quantize_model
 
 _SIZES = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -47,3 +58,91 @@ def test_groups_of_experts_wherever_their_tokens_come_first(calibrating: bool) -
     assert {group.names for group in groups} == expected
     assert [len(stage) for stage in stages(groups)] == [4, 4]
     assert stages(groups)[0][0].names[0].endswith("gate_proj")
+
+
+# ---------------------------------------------------------------------------------------------------------- whole models
+
+
+def write_mixture(name: str, directory: Path, tokenizer_of: Path) -> Path:
+    """A tiny mixture of six experts: no token is ever sent to the last two, and the first one's weights are zero."""
+    sizes = {"vocab_size": 512, "max_position_embeddings": 64, "num_local_experts": 6, "num_experts": 6}
+    config = type(CONFIGS[name])(**{**CONFIGS[name].to_dict(), **sizes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            router = layer.mlp.gate.weight
+            # Whatever the token, the two largest of v x, -v x, u x, -u x, 0, 0 are not among the last two.
+            router[1], router[3], router[4], router[5] = -router[0], -router[2], 0, 0
+            layer.mlp.experts.gate_up_proj[0] = 0
+            layer.mlp.experts.down_proj[0] = 0
+    model.save_pretrained(directory)
+    for file in tokenizer_of.glob("tokenizer*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+@pytest.mark.parametrize(("name", "method"), [*((n, m) for n in CONFIGS for m in ("rtn", "gptq")), ("qwen2_moe", "awq+gptq")])
+def test_never_routed_and_dead_experts(name: str, method: str, tiny_llama_dir: Path, small: WalkSettings, tmp_path: Path) -> None:
+    source = write_mixture(name, tmp_path / "source", tiny_llama_dir)
+    result = quantize_model(source, scheme="W4A16-G32", method=method, out=tmp_path / "out", settings=small)
+    before, after = SafetensorsFiles(source), open_source(tmp_path / "out")
+    assert set(after.names()) == set(before.names())
+    experts = [layer for layer in result.layers if ".experts." in layer.name]
+    assert len(experts) == 2 * 6 * 3 and all(f"{layer.name}.weight" in before for layer in experts)
+    for tensor in after.names():
+        assert bool(torch.isfinite(after.get(tensor)).all()), tensor
+        if method != "awq+gptq":  # which moves scales between layers
+            error = (after.get(tensor).float() - before.get(tensor).float()).norm()
+            assert error <= 0.25 * before.get(tensor).float().norm(), tensor
+    assert all(layer.error < 0.3 for layer in result.layers if layer.error is not None and ".experts.0." not in layer.name)
+    assert all(layer.error == 0 for layer in result.layers if layer.error is not None and ".experts.0." in layer.name)
+    if method != "rtn":
+        _check_coverage(result)
+    model = load_model(after, QuantizationConfig(after.scheme))  # type: ignore[arg-type]
+    assert bool(torch.isfinite(model.model(torch.arange(16)[None], use_cache=False).logits).all())
+
+
+def _check_coverage(result: QuantizeResult) -> None:
+    for walked in result.blocks:
+        (report,) = walked.experts
+        assert sum(report.tokens) == 2 * 4 * 32 and report.tokens[4:] == [0, 0]  # two experts for each of four windows of 32 tokens
+        assert set(report.starved) >= {4, 5} and report.required_tokens == 64 and report.lent_tokens >= 64
+    lent = [layer for layer in result.layers if ".experts.5." in layer.name]
+    assert all(layer.tokens >= 64 and layer.error is not None for layer in lent)
+    assert any("calibration tokens per expert" in note for note in result.notes)
+
+
+def test_calibration_makes_rare_experts_better_than_rounding(tiny_llama_dir: Path, small: WalkSettings, tmp_path: Path) -> None:
+    """On held-back tokens, which an unrouted expert is lent as well."""
+    source = write_mixture("mixtral", tmp_path / "source", tiny_llama_dir)
+    many = replace(small, calibration=replace(small.calibration, samples=16))
+    result = quantize_model(source, scheme="W3A16", group_size=32, method="gptq", out=tmp_path / "out", settings=many)
+    never = [layer for layer in result.layers if ".experts.4." in layer.name or ".experts.5." in layer.name]
+    assert len(never) == 12
+    assert sum(layer.error < layer.rtn_error for layer in never if layer.error and layer.rtn_error) >= 10
+
+
+def test_experts_in_parts_give_the_same_numbers(
+    tiny_llama_dir: Path, small: WalkSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_mixture("qwen3_moe", tmp_path / "source", tiny_llama_dir)
+    whole = quantize_model(source, scheme="W4A16-G32", method="gptq", out=tmp_path / "whole", settings=small)
+    monkeypatch.setattr(block, "_STAGE_BYTES", 2 * 4 * 64**2)
+    parts = quantize_model(source, scheme="W4A16-G32", method="gptq", out=tmp_path / "parts", settings=small)
+    assert SafetensorsFiles(tmp_path / "whole").sha256() == SafetensorsFiles(tmp_path / "parts").sha256()
+    assert [layer.error for layer in whole.layers] == [layer.error for layer in parts.layers]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-G32", "FP8A16", "MXFP4"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_transformers_reads_the_experts(name: str, scheme: str, tiny_llama_dir: Path, ungated: WalkSettings, tmp_path: Path) -> None:
+    """The same logits to the bit where transformers knows the format for experts; `workflows.quantize_plan` says where it does not."""
+    source = write_mixture(name, tmp_path / "source", tiny_llama_dir)
+    quantize_model(source, scheme=scheme, out=tmp_path / "out", settings=ungated)
+    read = open_source(tmp_path / "out")
+    ours = load_model(read, QuantizationConfig(read.scheme, kernel="unfused")).model  # type: ignore[arg-type]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, experts_implementation="eager").eval()
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids, use_cache=False).logits, theirs(ids, use_cache=False).logits)

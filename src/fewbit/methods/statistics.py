@@ -14,6 +14,8 @@ A layer costs K^2 * 4 bytes for H: 67 MB at K = 4,096, 485 MB at K = 11,008; it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fewbit.errors import FormatError
@@ -129,6 +131,39 @@ class InputStatistics:
     def sample(self) -> torch.Tensor:
         """[rows, K], float32; empty when no sample is kept."""
         return torch.stack(self._rows) if self._rows else torch.empty(0, self.columns, device=self._max_abs.device)
+
+    @classmethod
+    def pooled(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
+        """The statistics of all tokens together that several have seen, of one width; the parts are not changed.
+
+        The sample is made of theirs, whatever share of the tokens each has seen.
+
+        Raises:
+            FormatError: other widths, or moments that only some of them keep.
+        """
+        first = parts[0]
+        kept = {(part.columns, part._hessian is None, part._cross is None) for part in parts}
+        if len(kept) > 1:
+            raise FormatError("statistics of different kinds cannot be put together")
+        result = cls(
+            first.columns,
+            hessian=first._hessian is not None,
+            cross=first._cross is not None,
+            sample_tokens=first._sample_tokens,
+            device=str(first._max_abs.device),
+        )
+        for part in parts:
+            for whole, added in ((result._hessian, part._hessian), (result._cross, part._cross)):
+                if whole is not None and added is not None:
+                    whole += added
+            result.tokens += part.tokens
+            result._square_sum += part._square_sum
+            result._abs_sum += part._abs_sum
+            torch.maximum(result._max_abs, part._max_abs, out=result._max_abs)
+            result._rows += part._rows
+        while len(result._rows) > result._sample_tokens:
+            result._rows = result._rows[::2]
+        return result
 
     def scaled(self, scale: torch.Tensor) -> InputStatistics:
         """The statistics of x / scale, exact but for rounding: what follows after a per-channel scale has been folded in front.

@@ -32,7 +32,7 @@ from fewbit.methods.rtn import rtn
 from fewbit.methods.statistics import InputStatistics
 from fewbit.models.experts import expert_lists, same_routing
 from fewbit.models.links import Link
-from fewbit.results import LayerReport
+from fewbit.results import ExpertsReport, LayerReport
 from fewbit.walk.activations import ActivationStore
 from fewbit.walk.capture import Group, capture, find_groups, stages
 from fewbit.walk.checks import check_layer, relative_error
@@ -43,6 +43,7 @@ from fewbit.walk.settings import WalkSettings
 __all__ = ["BlockResult", "BlockTask", "InputFormats", "quantize_block", "round_alone"]
 
 _CHECK_TOKENS = 1024  # held-back tokens on which a layer's outputs are compared
+_STAGE_BYTES = 2**30  # moments gathered in one run over a mixture; more experts take more runs, and the same numbers come out
 HIGH_PRECISION = "high precision"
 
 
@@ -82,12 +83,14 @@ class BlockResult:
         changed: other parameters that are no longer what the source has (norms into which scales were folded), in their stored dtype.
         layers: reports in the order of the block's linears.
         notes: what was not possible.
+        experts: how many tokens reached the experts of each mixture.
     """
 
     quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    experts: list[ExpertsReport] = field(default_factory=list)
 
 
 class InputFormats:
@@ -176,6 +179,17 @@ def _kernel(scheme: Scheme, rows: int, columns: int, q: QuantizedTensor | None) 
     return select(request).kernel.name
 
 
+def _within(limit: int, stage: Sequence[Group]) -> Iterator[list[Group]]:
+    """A stage in parts whose moments [K, K] fit the limit, at least one group each."""
+    part: list[Group] = []
+    for group in stage:
+        if part and sum(4 * other.columns**2 for other in (*part, group)) > limit:
+            yield part
+            part = []
+        part.append(group)
+    yield part
+
+
 class _BlockWork:
     """The state of one block's rounding."""
 
@@ -220,13 +234,8 @@ class _BlockWork:
                 self._run_quantized(window)
         for name, experts in lists:
             coverage = experts.cover()
-            low, high = min(coverage.tokens), max(coverage.tokens)
-            note = f"{name}: {low:,} to {high:,} calibration tokens per expert"
-            if coverage.starved:
-                starved = ", ".join(map(str, coverage.starved[:8])) + (", ..." if len(coverage.starved) > 8 else "")
-                note += f"; {len(coverage.starved)} of {len(coverage.tokens)} had fewer than {coverage.required:,} ({starved})"
-                note += f" and were lent {coverage.sampled:,} others"
-            self.result.notes.append(note)
+            report = ExpertsReport(name, list(coverage.tokens), list(coverage.starved), coverage.required, coverage.sampled)
+            self.result.experts.append(report)
 
     # -------------------------------------------------------------------------------------------------------- running the block
 
@@ -298,7 +307,9 @@ class _BlockWork:
             self._baseline |= {name: self._rtn_error(name, held[group]) for name in group.names}
         for link in links:
             weights = [self.task.linears[name].weight.detach() for group in read[link] for name in group.names]
-            known = statistics[read[link][0]]
+            parts = [statistics[group] for group in read[link]]
+            # A mixture's experts read different tokens of the same norm, which has one scale for all.
+            known = parts[0] if len(parts) == 1 else InputStatistics.pooled(parts)
             if known.tokens == 0:
                 self.result.notes.append(f"{link.producer}: not scaled, no calibration token reached its readers")
                 continue
@@ -336,9 +347,10 @@ class _BlockWork:
 
     def _round_stage(self, stage: Sequence[Group]) -> None:
         needs = ROUNDING_STEPS[self.recipe.rounding].needs(self.settings)
-        statistics, held = self._gather(stage, dict.fromkeys(stage, needs))
-        for group in stage:
-            self._round_group(group, statistics.pop(group), held.pop(group))
+        for together in _within(_STAGE_BYTES, stage) if self.settings.true_sequential else [stage]:
+            statistics, held = self._gather(together, dict.fromkeys(together, needs))
+            for group in together:
+                self._round_group(group, statistics.pop(group), held.pop(group))
 
     def _round_group(self, group: Group, statistics: InputStatistics, tokens: torch.Tensor) -> None:
         """Round the linears of a group, retrying those that fail; when one must stay in high precision, all do.

@@ -18,7 +18,7 @@ are then what they were, to the last bit, because the same operations give the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ from fewbit.formats.spec import Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.models.families import get_family
 from fewbit.models.links import block_links
-from fewbit.results import BlockReport, LayerReport
+from fewbit.results import BlockReport, ExpertsReport, LayerReport
 from fewbit.walk.activations import ActivationStore, MemoryBudget
 from fewbit.walk.block import BlockTask, InputFormats, quantize_block, round_alone
 from fewbit.walk.calibration import CalibrationData
@@ -131,6 +131,7 @@ class Walk:
             self._tell(index)
             self._block(index, records[self._block_step(index)], paths)
         self._tell(self._skeleton.num_blocks)
+        self._outcome.notes += _experts_notes(self._outcome.blocks)
         if gate_pending:
             self._finish_gate(paths[-1])
         elif self._gate is not None:
@@ -251,8 +252,9 @@ class Walk:
         self._outcome.layers += layers
         self._outcome.steps.append(step)
         self._outcome.notes += [note for note in record["notes"] if note not in self._outcome.notes]
+        experts = [ExpertsReport(**report) for report in record.get("experts", ())]
         self._outcome.blocks.append(
-            BlockReport(self._skeleton.block_name(index), len(layers), time.monotonic() - started, resumed, record["notes"])
+            BlockReport(self._skeleton.block_name(index), len(layers), time.monotonic() - started, resumed, record["notes"], experts)
         )
 
     def _round_unseen(self, index: int) -> dict[str, Any]:
@@ -321,7 +323,8 @@ class Walk:
             tensors |= write_linear(task.names[name], q, self._scheme)
         for name, tensor in result.changed.items():
             tensors[skeleton.names.single[prefix + name]] = tensor
-        record = {"layers": [asdict(layer) for layer in result.layers], "notes": notes}
+        experts = [asdict(report) for report in result.experts]
+        record = {"layers": [asdict(layer) for layer in result.layers], "notes": notes, "experts": experts}
         self._work.save(self._block_step(index), tensors, record)
         return record
 
@@ -360,6 +363,22 @@ class Walk:
         skeleton.use_overrides = False
         skeleton.release()
         self._work.save(_GATE, {}, {"windows": [asdict(window) for window in self._outcome.gate]})
+
+
+def _experts_notes(blocks: Sequence[BlockReport]) -> list[str]:
+    """One line about all mixtures of the model; the counts of each expert are in the blocks' reports."""
+    reports = [report for block in blocks for report in block.experts]
+    if not reports:
+        return []
+    counts = [count for report in reports for count in report.tokens]
+    text = f"experts: {min(counts):,} to {max(counts):,} calibration tokens per expert"
+    starved = sum(len(report.starved) for report in reports)
+    if starved:
+        text += (
+            f"; {starved:,} of {len(counts):,} had fewer than {max(report.required_tokens for report in reports):,} and were calibrated on "
+            f"others' tokens, too ({sum(not count for count in counts):,} had none of their own)"
+        )
+    return [text]
 
 
 def targets_in_order(model: nn.Module, targets: frozenset[str]) -> list[str]:
