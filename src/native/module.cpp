@@ -1,16 +1,58 @@
 // The Python face of fewbit's native code; its types are written down in src/fewbit/_native.pyi.
 
 #include "read_bandwidth.hpp"
+#include "scale_search.hpp"
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+#include <stdexcept>
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
+namespace {
+
+template <typename T, std::size_t Dimensions>
+using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+
+fewbit::Groups groups_of(const Array<const float, 2> &weight, const std::optional<Array<const float, 1>> &importance,
+                         const Array<const float, 2> &scale, int low, int high) {
+    const std::size_t rows = weight.shape(0), columns = weight.shape(1), per_row = scale.shape(1);
+    if (scale.shape(0) != rows || per_row == 0 || columns % per_row != 0) throw std::invalid_argument("scales do not fit the weight");
+    if (importance && importance->shape(0) != columns) throw std::invalid_argument("importance does not fit the weight");
+    return {weight.data(), importance ? importance->data() : nullptr, rows, columns, columns / per_row, float(low), float(high)};
+}
+
+void least_squares_scales(const Array<const float, 2> &weight, const std::optional<Array<const float, 1>> &importance,
+                          const Array<const float, 2> &start, const Array<const float, 1> &factors, Array<float, 2> &out, int low, int high,
+                          int threads) {
+    const fewbit::Groups groups = groups_of(weight, importance, start, low, high);
+    if (out.shape(0) != start.shape(0) || out.shape(1) != start.shape(1)) throw std::invalid_argument("out has not the shape of start");
+    nb::gil_scoped_release released;
+    fewbit::least_squares_scales(groups, start.data(), factors.data(), factors.shape(0), out.data(), threads);
+}
+
+void squared_error(const Array<const float, 2> &weight, const std::optional<Array<const float, 1>> &importance,
+                   const Array<const float, 2> &scale, Array<float, 2> &out, int low, int high, int threads) {
+    const fewbit::Groups groups = groups_of(weight, importance, scale, low, high);
+    if (out.shape(0) != scale.shape(0) || out.shape(1) != scale.shape(1)) throw std::invalid_argument("out has not the shape of scale");
+    nb::gil_scoped_release released;
+    fewbit::squared_error(groups, scale.data(), out.data(), threads);
+}
+
+}  // namespace
+
 NB_MODULE(_native, m) {
-    m.doc() = "Native code of fewbit: the memory bandwidth probe.";
+    m.doc() = "Native code of fewbit: the memory bandwidth probe and the search for scales.";
     m.def("instruction_set", &fewbit::instruction_set,
           "The widest read loop that this CPU runs: \"avx512\", \"avx2\" or \"portable\".");
     m.def("read_bandwidth", &fewbit::read_bandwidth, "bytes"_a, "threads"_a, "seconds"_a = 1.0, nb::call_guard<nb::gil_scoped_release>(),
           "DRAM read bandwidth in 1e9 bytes per second, the best pass over a buffer of `bytes` with `threads` threads.");
+    m.def("least_squares_scales", &least_squares_scales, "weight"_a, "importance"_a.none(), "start"_a, "factors"_a, "out"_a, "low"_a,
+          "high"_a, "threads"_a, "The best least squares scale of each group into `out`.");
+    m.def("squared_error", &squared_error, "weight"_a, "importance"_a.none(), "scale"_a, "out"_a, "low"_a, "high"_a, "threads"_a,
+          "The weighted squared error of each group at given scales into `out`.");
 }

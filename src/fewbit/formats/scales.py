@@ -26,7 +26,7 @@ divides by 256 instead of 448, so that there is room above the largest block.
 (importance-weighted) squared error; min-max is the first candidate, so the result is never worse than it.
 
 For symmetric integers each candidate is first moved to the best scale for its own codes: with q = round(x / s) fixed, the weighted least
-squares scale is <q, x> / <q, q>. Twenty such candidates beat eighty of a fixed series.
+squares scale is <q, x> / <q, q> (`scale_search`). Twenty such candidates beat eighty of a fixed series.
 
 **Negative scales.** A symmetric integer grid is not symmetric: -8 to 7. A negative scale turns it over, so that the code of the larger end
 serves the side that needs it. The MSE observer tries both signs at four bits and fewer, where a step more on one side counts (at three bits
@@ -47,6 +47,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.grids import grid_maximum, round_to_grid
 from fewbit.formats.grouping import check_matrix, row_chunks, to_groups
 from fewbit.formats.scale_codes import HEADROOM, neighbouring_scales
+from fewbit.formats.scale_search import scale_search
 from fewbit.formats.spec import QuantSpec, ScaleDtype
 
 __all__ = ["SMALLEST_SCALE", "Observer", "compute_scales", "round_scale", "scale_as_float", "scale_divisor", "zero_points"]
@@ -63,9 +64,6 @@ _TORCH_DTYPES: dict[ScaleDtype, torch.dtype] = {
 _E8M0_BIAS = 127
 # 1 down to 0.1, 5.6 % apart: at most 2.9 % from the best, and around the best the error is flat.
 _SHRINK_FACTORS = tuple(0.1 ** (i / 40) for i in range(41))
-# Least squares moves each of these to a minimum nearby.
-_STARTS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.55, 0.45, 0.3, 0.15)
-_SIGNED_UP_TO_BITS = 4
 
 
 def scale_divisor(spec: QuantSpec, codebook: torch.Tensor | None = None) -> float:
@@ -159,10 +157,13 @@ def _scales_of_rows(
     if observer == "minmax":
         return scale, zero_point
     coded = spec.symmetric and spec.scale_dtype in ("e8m0", "float8_e4m3fn")
+    if spec.type == "int" and spec.symmetric and spec.scale_dtype != "e8m0":
+        search = scale_search(rows, scale.shape, spec, importance)
+        found = search.best(scale.float())
+        rounded = round_scale(found.abs(), spec.scale_dtype) * torch.where(found < 0, -1.0, 1.0).to(scale.dtype)
+        return torch.where(search.error(rounded.float()) < search.error(scale.float()), rounded, scale), None
     weights = None if importance is None else to_groups(importance.expand(rows.shape), spec)
     best = _squared_error(groups, scale_as_float(scale, spec, global_scale), zero_point, weights, codebook, spec)
-    if spec.type == "int" and spec.symmetric and spec.scale_dtype != "e8m0":
-        return _least_squares_scales(groups, scale, best, weights, spec), None
     fits = (_fit(low * factor, high * factor, spec, divisor, global_scale) for factor in _SHRINK_FACTORS[1:])
     for candidate, candidate_zero in ((code, zero_point) for code in neighbouring_scales(scale, spec.scale_dtype)) if coded else fits:
         error = _squared_error(groups, scale_as_float(candidate, spec, global_scale), candidate_zero, weights, codebook, spec)
@@ -173,30 +174,6 @@ def _scales_of_rows(
         if zero_point is not None and candidate_zero is not None:
             zero_point = torch.where(better, candidate_zero, zero_point)
     return scale, zero_point
-
-
-def _least_squares_scales(
-    groups: torch.Tensor, minmax: torch.Tensor, minmax_error: torch.Tensor, weights: torch.Tensor | None, spec: QuantSpec
-) -> torch.Tensor:
-    """The scale of least error that is reached from several starts, each moved to the least squares scale of its codes.
-
-    With q fixed, the error at the best scale is <x, x> - <q, x>^2 / <q, q>: the candidates are compared by what is subtracted.
-    """
-    low, high = -(2 ** (spec.num_bits - 1)), 2 ** (spec.num_bits - 1) - 1
-    start = minmax.float()
-    gain, found = torch.zeros_like(start), start
-    for factor in _STARTS:
-        for sign in (1.0, -1.0) if spec.num_bits <= _SIGNED_UP_TO_BITS else (1.0,):
-            codes = (groups / (start * (factor * sign)).unsqueeze(-1)).round_().clamp_(low, high)
-            weighted = codes if weights is None else codes * weights
-            projection, norm = (weighted * groups).sum(-1), (weighted * codes).sum(-1)
-            scale = projection / norm.clamp_min(torch.finfo(torch.float32).tiny)
-            candidate = projection * scale
-            better = candidate > gain
-            gain, found = torch.where(better, candidate, gain), torch.where(better, scale, found)
-    rounded = round_scale(found.abs(), spec.scale_dtype) * torch.where(found < 0, -1.0, 1.0).to(minmax.dtype)
-    error = _squared_error(groups, rounded.float(), None, weights, None, spec)
-    return torch.where(error < minmax_error, rounded, minmax)
 
 
 def compute_scales(

@@ -42,7 +42,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from fewbit.errors import FormatError
-from fewbit.formats.grids import decode_values, encode_values
+from fewbit.formats.grids import round_to_grid
 from fewbit.formats.grouping import check_matrix
 from fewbit.formats.quantize import quantize
 from fewbit.formats.scales import Observer, compute_scales, scale_as_float
@@ -254,14 +254,11 @@ class _Grid:
     def nearest(self, target: torch.Tensor, position: int) -> torch.Tensor:
         """`target` [rows] at the column of that position, rounded, in the weight's units."""
         spec, scale = self.spec, self.scale[self._group[position]]
-        if spec.type != "int":
-            return decode_values(encode_values(target / scale, spec), spec).mul_(scale)
-        low, high = -(2 ** (spec.num_bits - 1)), 2 ** (spec.num_bits - 1) - 1
-        code = (target / scale).round_()
-        if self.zero_point is not None:
-            zero = self.zero_point[self._group[position]]
-            return code.add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
-        return code.clamp_(low, high).mul_(scale)
+        scaled = target / scale
+        if self.zero_point is None:
+            return round_to_grid(scaled, spec).mul_(scale)
+        zero = self.zero_point[self._group[position]]
+        return round_to_grid(scaled.round_().add_(zero), spec).sub_(zero).mul_(scale)
 
 
 _Scales: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
