@@ -124,7 +124,7 @@ def learn_rounding(
         optimizer.zero_grad()
         with torch.enable_grad():
             for window in order.take(min(settings.batch, windows)):
-                (loss_of(window) / min(settings.batch, windows)).backward()
+                (loss_of(window) / min(settings.batch, windows)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step == settings.steps or step % max(settings.steps // _CHECKS, 1) == 0:
@@ -166,7 +166,7 @@ class _RoundThrough(torch.autograd.Function):
         return round_to_grid(u.clone(), spec)
 
     @staticmethod
-    def backward(context: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(context: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (inside,) = context.saved_tensors  # type: ignore[attr-defined]
         return gradient * inside, None, None, None
 
