@@ -25,10 +25,12 @@ from fewbit.errors import FormatError
 from fewbit.formats.cost import effective_bits
 from fewbit.formats.quantize import dequantize, fake_quantize
 from fewbit.formats.spec import Scheme
+from fewbit.formats.static import fake_quantize_static
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import KernelRequest
 from fewbit.kernels.dispatch import select
 from fewbit.methods.rtn import rtn
+from fewbit.methods.smoothquant import static_input_scale
 from fewbit.methods.statistics import InputStatistics
 from fewbit.models.experts import expert_lists, same_routing
 from fewbit.models.links import Link
@@ -39,6 +41,7 @@ from fewbit.walk.checks import check_layer, relative_error
 from fewbit.walk.fold import channels_of, fold_scale, representable_scale
 from fewbit.walk.methods import ROUNDING_STEPS, TRANSFORM_STEPS, Needs, Rounded, retries
 from fewbit.walk.settings import WalkSettings
+from fewbit.walk.tuning import tune
 
 __all__ = ["BlockResult", "BlockTask", "InputFormats", "quantize_block", "round_alone"]
 
@@ -61,6 +64,7 @@ class BlockTask:
         inputs: hidden states of the calibration windows on the quantized path, those held back at the end; None without calibration.
         reference: of the same windows had nothing been quantized; None when no method asks for it.
         fitted: windows that methods may look at; those behind them are held back.
+        new_store: makes room for the hidden states of so many windows.
     """
 
     block: nn.Module
@@ -72,6 +76,7 @@ class BlockTask:
     inputs: ActivationStore | None = None
     reference: ActivationStore | None = None
     fitted: int = 0
+    new_store: Callable[[int], ActivationStore] | None = None
 
 
 @dataclass
@@ -101,14 +106,20 @@ class InputFormats:
         self.enabled = True
         self._handles: dict[str, Any] = {}
 
-    def attach(self, name: str, linear: nn.Linear) -> None:
-        """From now on the linear's inputs are quantized and dequantized on their way in."""
+    def attach(self, name: str, linear: nn.Linear, static: torch.Tensor | None = None) -> None:
+        """From now on the linear's inputs are quantized and dequantized on their way in; `static` is the scale of a static format."""
         spec = self._spec
         if spec is None or name in self._handles:
             return
 
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
-            return (fake_quantize(arguments[0], spec), *arguments[1:]) if self.enabled else None
+            if not self.enabled:
+                return None
+            x = arguments[0]
+            with torch.no_grad():
+                rounded = fake_quantize(x, spec) if static is None else fake_quantize_static(x, static, spec)
+            # The gradient of a rounding that is learned passes as if the inputs were not rounded.
+            return (x + (rounded - x).detach() if x.requires_grad else rounded, *arguments[1:])
 
         self._handles[name] = linear.register_forward_pre_hook(hook)
 
@@ -143,7 +154,8 @@ def round_alone(name: str, weight: torch.Tensor, scheme: Scheme, settings: WalkS
     notes: list[str] = []
     for what, rounding, chosen in retries(settings):
         step = ROUNDING_STEPS[rounding]
-        if step.needs(chosen).hessian:
+        static = scheme.input_activations is not None and not scheme.input_activations.dynamic
+        if step.needs(chosen).hessian or static:
             notes.append(f"{what}: no input is known")
             continue
         rounded = step.apply([weight], scheme.weights, None, chosen)[0]
@@ -217,6 +229,8 @@ class _BlockWork:
             together = stages(groups) if self.settings.true_sequential else [list(groups)]
             for stage in together:
                 self._round_stage(stage)
+            if self.recipe.tuning is not None:
+                self._tune(groups)
             for _, experts in expert_lists(task.block):
                 experts.stop_calibration()
         self.result.layers = [self._reports[name] for name in task.linears]
@@ -258,9 +272,9 @@ class _BlockWork:
                 self.task.linears[name].weight.data = weight
 
     def _gather(
-        self, groups: Sequence[Group], needs: Mapping[Group, Needs]
+        self, groups: Sequence[Group], needs: Mapping[Group, Needs], *, fit: bool = True
     ) -> tuple[dict[Group, InputStatistics], dict[Group, torch.Tensor]]:
-        """Statistics of the groups' inputs over the fitted windows, and held-back inputs [n, K] of each."""
+        """Statistics of the groups' inputs over the fitted windows (unless `fit` is False), and held-back inputs [n, K] of each."""
         task = self.task
         assert task.inputs is not None
         first = {group.names[0]: group for group in groups}
@@ -268,10 +282,9 @@ class _BlockWork:
         statistics = {group: needs[group].statistics(group.columns) for group in groups}
         held = {group: InputStatistics(group.columns, sample_tokens=_CHECK_TOKENS) for group in groups}
         with_reference = task.reference is not None and any(need.cross for need in needs.values())
-        for window in range(len(task.inputs)):
-            fit = window < task.fitted
-            into = statistics if fit else held
-            if fit and with_reference:
+        for window in range(0 if fit else task.fitted, len(task.inputs)):
+            into = statistics if window < task.fitted else held
+            if window < task.fitted and with_reference:
                 found = self._inputs(watched, task.inputs[window])
                 beside = self._reference_inputs(watched, window)
                 for name, x in found.items():
@@ -396,11 +409,50 @@ class _BlockWork:
             else:
                 self._settle(name, *settled[name])
 
+    def _tune(self, groups: Sequence[Group]) -> None:
+        """Learn the rounding of the whole block; layers that fail their check afterwards take the whole block back."""
+        rounded = dict(self.result.quantized)
+        if not rounded:
+            return
+        learned = tune(self.task, self._originals, rounded, self._as_it_was, self.settings)
+        self.result.notes.append(
+            f"learned rounding: squared error of the block {learned.loss_before:.4g} -> {learned.loss_after:.4g}, "
+            f"{learned.changed:.1%} of the codes changed"
+        )
+        for name, q in learned.quantized.items():
+            self.task.linears[name].weight.data = dequantize(q, self.task.linears[name].weight.dtype)
+        _, held = self._gather(groups, dict.fromkeys(groups, Needs()), fit=False)
+        checks = {
+            name: check_layer(self._originals[name], learned.quantized[name], held[group], self._reports[name].rtn_error)
+            for group in groups
+            for name in group.names
+            if name in rounded
+        }
+        failed = {name: check.failure for name, check in checks.items() if check.failure}
+        if failed:
+            name = min(failed)
+            self.result.notes.append(f"learned rounding was taken back: {name}: {failed[name]}")
+            for name, q in rounded.items():
+                self.task.linears[name].weight.data = dequantize(q, self.task.linears[name].weight.dtype)
+            return
+        for name, check in checks.items():
+            self.result.quantized[name] = learned.quantized[name]
+            report = self._reports[name]
+            method = f"{report.method}+{self.recipe.tuning}"
+            self._reports[name] = replace(report, method=method, error=check.error, saturated_share=check.saturated)
+
     def _attempt(self, rounding: str, names: Sequence[str], statistics: InputStatistics, settings: WalkSettings) -> list[Rounded]:
         step = ROUNDING_STEPS[rounding]
         if step.needs(settings).inputs and statistics.tokens == 0 and rounding != "rtn":
             raise FormatError("no calibration token reached it")
-        return step.apply([self.task.linears[name].weight.detach() for name in names], self.spec, statistics, settings)
+        rounded = step.apply([self.task.linears[name].weight.detach() for name in names], self.spec, statistics, settings)
+        inputs = self.scheme.input_activations
+        if inputs is None or inputs.dynamic:
+            return rounded
+        if statistics.tokens == 0:
+            raise FormatError("no calibration token reached it, and its inputs have a static format")
+        scale = static_input_scale(statistics, inputs)
+        return [replace(one, quantized=replace(one.quantized, input_scale=scale)) for one in rounded]
 
     def _method_name(self, rounding: str) -> str:
         return rounding if self.recipe.transform is None else f"{self.recipe.transform}+{rounding}"
@@ -426,4 +478,4 @@ class _BlockWork:
             return
         self.result.quantized[name] = q
         linear.weight.data = dequantize(q, linear.weight.dtype)
-        self.formats.attach(name, linear)
+        self.formats.attach(name, linear, q.input_scale)

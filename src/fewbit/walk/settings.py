@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from fewbit.errors import UsageError
 from fewbit.formats.scales import Observer
 from fewbit.methods.gptq import ActOrder, GPTQSettings
+from fewbit.methods.learned_rounding import LearnedRoundingSettings
 
 __all__ = [
     "ROUNDINGS",
@@ -131,8 +132,9 @@ class WalkSettings:
 
     Attributes:
         method: the chain, see the module's header.
-        observer: how RTN chooses its scales; None: `minmax`, and `mse` weighted by activations after AWQ.
-        gptq: GPTQ's own settings.
+        observer: how RTN chooses its scales; None: `minmax`, and after AWQ the clipping search (`methods.clipping`).
+        gptq: GPTQ's own settings. learned: those of learned rounding.
+        migration_strength: SmoothQuant's, one for the whole model; None searches it for each group of linears.
         seed: of everything that is drawn.
         precision: in which the model is computed; `auto` is float32 unless the CPU multiplies bfloat16 natively.
         true_sequential: a group's inputs are taken after the groups before it in the same block were rounded; False takes all inputs of a
@@ -144,6 +146,8 @@ class WalkSettings:
     method: str = "rtn"
     observer: Observer | None = None
     gptq: GPTQSettings = field(default_factory=GPTQSettings)
+    learned: LearnedRoundingSettings = field(default_factory=LearnedRoundingSettings)
+    migration_strength: float | None = None
     seed: int = 0
     precision: WorkingPrecision = "auto"
     true_sequential: bool = True

@@ -73,6 +73,7 @@ class _Path:
     length: int
     quantized: ActivationStore
     reference: ActivationStore | None
+    new_store: Callable[[int], ActivationStore]
 
 
 class Walk:
@@ -223,8 +224,11 @@ class Walk:
         first = skeleton.embed(ids[:1])
         skeleton.check_calls(ids[-1:])
         count, length, width = len(ids), ids.shape[1], first.shape[-1]
-        quantized = ActivationStore(count, length, width, skeleton.dtype, self._budget)
-        reference = ActivationStore(count, length, width, skeleton.dtype, self._budget) if with_reference else None
+
+        def new_store(windows: int) -> ActivationStore:
+            return ActivationStore(windows, length, width, skeleton.dtype, self._budget)
+
+        quantized, reference = new_store(count), new_store(count) if with_reference else None
         for window in range(count):
             quantized[window] = skeleton.embed(ids[window : window + 1])
         if reference is not None:
@@ -234,7 +238,7 @@ class Walk:
             for window in range(count):
                 reference[window] = skeleton.embed(ids[window : window + 1])
             skeleton.release() if skeleton.overrides else None
-        return _Path(length, quantized, reference)
+        return _Path(length, quantized, reference, new_store)
 
     # ------------------------------------------------------------------------------------------------------------- the blocks
 
@@ -312,6 +316,7 @@ class Walk:
             inputs=path.quantized if path is not None else None,
             reference=path.reference if path is not None else None,
             fitted=len(self._calibration.ids) if self._calibration is not None else 0,
+            new_store=path.new_store if path is not None else None,
         )
         with torch.no_grad():
             result = quantize_block(task, self._scheme, self._settings, formats)
@@ -338,8 +343,9 @@ class Walk:
             if f"{disk}.weight_scale" not in files:
                 continue
             linear = _linear(block, name.removeprefix(prefix))
-            linear.weight.data = dequantize(read_linear(files, disk, self._scheme), skeleton.dtype)
-            formats.attach(name.removeprefix(prefix), linear)
+            q = read_linear(files, disk, self._scheme)
+            linear.weight.data = dequantize(q, skeleton.dtype)
+            formats.attach(name.removeprefix(prefix), linear, q.input_scale)
         for disk in files.names():
             if disk in back and f"{disk.removesuffix('.weight')}.weight_scale" not in files:
                 block.get_parameter(back[disk].removeprefix(prefix)).data = files.get(disk).to(skeleton.dtype)

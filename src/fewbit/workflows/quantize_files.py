@@ -96,7 +96,7 @@ def write_weights(plan: QuantizePlan, work: Unfinished, steps: list[str], max_sh
 
 def _parts(prefix: str, made: Mapping[str, TensorEntry]) -> Iterator[tuple[str, TensorEntry]]:
     """The tensors of one quantized linear; its bias, if it has one, is a tensor of its own."""
-    for part in ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale"):
+    for part in ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale"):
         if f"{prefix}.{part}" in made:
             yield f"{prefix}.{part}", made[f"{prefix}.{part}"]
 
