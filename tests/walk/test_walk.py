@@ -148,3 +148,17 @@ def test_a_missing_tensor_is_named(zoo_dir: Callable[[str], Path]) -> None:
     skeleton = Skeleton(open_source(zoo_dir("llama")))
     with pytest.raises(CheckpointError, match=r"no tensor 'model\.layers\.7"):
         skeleton.stored("model.layers.7.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("scheme", ["W4A16-G32", "W8A8"])
+def test_paused_runs_and_repeated_runs_give_the_same_bytes(
+    name: str, scheme: str, zoo_dir: Callable[[str], Path], small: WalkSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With input-error compensation, so that the reference path pauses, too."""
+    settings = replace(small, method="gptq", gptq=replace(small.gptq, compensation=0.5))
+    quantize_model(zoo_dir(name), scheme=scheme, out=tmp_path / "paused", settings=settings)
+    monkeypatch.setattr("fewbit.walk.block._BlockWork._round_paused", lambda *_: False)
+    quantize_model(zoo_dir(name), scheme=scheme, out=tmp_path / "repeated", settings=settings)
+    assert SafetensorsFiles(tmp_path / "paused").sha256() == SafetensorsFiles(tmp_path / "repeated").sha256()
+    assert (tmp_path / "paused" / "fewbit_recipe.json").read_bytes() == (tmp_path / "repeated" / "fewbit_recipe.json").read_bytes()

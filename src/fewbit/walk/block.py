@@ -35,11 +35,12 @@ from fewbit.methods.statistics import InputStatistics
 from fewbit.models.experts import expert_lists, same_routing
 from fewbit.models.links import Link
 from fewbit.results import ExpertsReport, LayerReport
-from fewbit.walk.activations import ActivationStore
+from fewbit.walk.activations import ActivationStore, MemoryBudget
 from fewbit.walk.capture import Group, capture, find_groups, stages
 from fewbit.walk.checks import check_layer, relative_error
 from fewbit.walk.fold import channels_of, fold_scale, representable_scale
 from fewbit.walk.methods import ROUNDING_STEPS, TRANSFORM_STEPS, Needs, Rounded, retries
+from fewbit.walk.paused import PausedRuns, pending_bytes
 from fewbit.walk.settings import WalkSettings
 from fewbit.walk.tuning import tune
 
@@ -64,7 +65,7 @@ class BlockTask:
         inputs: hidden states of the calibration windows on the quantized path, those held back at the end; None without calibration.
         reference: of the same windows had nothing been quantized; None when no method asks for it.
         fitted: windows that methods may look at; those behind them are held back.
-        new_store: makes room for the hidden states of so many windows.
+        new_store: makes room for the hidden states of so many windows. budget: for what a run holds on the way.
     """
 
     block: nn.Module
@@ -77,6 +78,7 @@ class BlockTask:
     reference: ActivationStore | None = None
     fitted: int = 0
     new_store: Callable[[int], ActivationStore] | None = None
+    budget: MemoryBudget | None = None
 
 
 @dataclass
@@ -89,6 +91,7 @@ class BlockResult:
         layers: reports in the order of the block's linears.
         notes: what was not possible.
         experts: how many tokens reached the experts of each mixture.
+        propagated: the task's inputs have been replaced by the rounded block's outputs.
     """
 
     quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -96,6 +99,7 @@ class BlockResult:
     layers: list[LayerReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     experts: list[ExpertsReport] = field(default_factory=list)
+    propagated: bool = False
 
 
 class InputFormats:
@@ -105,17 +109,18 @@ class InputFormats:
         self._spec = scheme.input_activations
         self.enabled = True
         self._handles: dict[str, Any] = {}
+        self._scales: dict[str, torch.Tensor | None] = {}  # of the linears whose inputs are quantized now
 
-    def attach(self, name: str, linear: nn.Linear, static: torch.Tensor | None = None) -> None:
-        """From now on the linear's inputs are quantized and dequantized on their way in; `static` is the scale of a static format."""
+    def prepare(self, name: str, linear: nn.Linear) -> None:
+        """Make it possible to `attach` while a run of the block waits in front of this very linear."""
         spec = self._spec
         if spec is None or name in self._handles:
             return
 
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
-            if not self.enabled:
+            if not self.enabled or name not in self._scales:
                 return None
-            x = arguments[0]
+            x, static = arguments[0], self._scales[name]
             with torch.no_grad():
                 rounded = fake_quantize(x, spec) if static is None else fake_quantize_static(x, static, spec)
             # The gradient of a rounding that is learned passes as if the inputs were not rounded.
@@ -123,9 +128,15 @@ class InputFormats:
 
         self._handles[name] = linear.register_forward_pre_hook(hook)
 
+    def attach(self, name: str, linear: nn.Linear, static: torch.Tensor | None = None) -> None:
+        """From now on the linear's inputs are quantized and dequantized on their way in; `static` is the scale of a static format."""
+        self.prepare(name, linear)
+        self._scales[name] = static
+
     def detach(self, name: str | None = None) -> None:
         """Leave the inputs of one linear, or of all, as they are again."""
         for key in [name] if name is not None else list(self._handles):
+            self._scales.pop(key, None)
             handle = self._handles.pop(key, None)
             if handle is not None:
                 handle.remove()
@@ -226,9 +237,9 @@ class _BlockWork:
             groups = find_groups(task.linears, self._run_quantized, len(task.inputs))
             if self.recipe.transform is not None:
                 self._transform(groups)
-            together = stages(groups) if self.settings.true_sequential else [list(groups)]
-            for stage in together:
-                self._round_stage(stage)
+            if not self._round_paused(groups):
+                for stage in stages(groups) if self.settings.true_sequential else [list(groups)]:
+                    self._round_stage(stage)
             if self.recipe.tuning is not None:
                 self._tune(groups)
             for _, experts in expert_lists(task.block):
@@ -301,6 +312,10 @@ class _BlockWork:
             self.task.call(hidden)
         return found
 
+    def _run_reference(self, window: int) -> torch.Tensor:
+        assert self.task.reference is not None
+        return self.task.call(self.task.reference[window])
+
     def _reference_inputs(self, watched: Mapping[str, nn.Linear], window: int) -> dict[str, torch.Tensor]:
         """What they would be given had nothing been rounded, for the same tokens as in the run before."""
         assert self.task.reference is not None
@@ -357,6 +372,40 @@ class _BlockWork:
             self.result.changed[name] = parameters[name].detach().to(self.task.stored.get(name, parameters[name].dtype))
 
     # ----------------------------------------------------------------------------------------------------------------- rounding
+
+    def _round_paused(self, groups: Sequence[Group]) -> bool:
+        """Round group after group while one run of the block per window waits for it (`walk.paused`).
+
+        The same numbers as by `_round_stage`, with a third of the work; False, and nothing done, where it does not fit the memory or
+        groups are not called one after the other (a mixture's experts).
+        """
+        task, inputs = self.task, self.task.inputs
+        assert inputs is not None and task.budget is not None
+        one_by_one = self.settings.true_sequential and all(len(stage) == 1 for stage in stages(groups))
+        needs = ROUNDING_STEPS[self.recipe.rounding].needs(self.settings)
+        nbytes = pending_bytes(len(inputs), inputs.length, inputs.width, max(group.columns for group in groups), inputs.dtype)
+        nbytes *= 2 if needs.cross else 1
+        if not one_by_one or any(True for _ in expert_lists(task.block)) or not task.budget.take(nbytes):
+            return False
+        for name, linear in task.linears.items():
+            self.formats.prepare(name, linear)
+        first = {group.names[0]: task.linears[group.names[0]] for group in groups}
+        with PausedRuns(first, self._run_quantized, len(inputs)) as runs, PausedRuns(first, self._run_reference, task.fitted) as beside:
+            for group in groups:
+                reference: dict[int, torch.Tensor] = {}
+                if needs.cross:
+                    with self._as_it_was():
+                        reference = dict(beside.inputs(group.names[0]))
+                statistics, held = needs.statistics(group.columns), InputStatistics(group.columns, sample_tokens=_CHECK_TOKENS)
+                for window, x in runs.inputs(group.names[0]):
+                    (statistics if window < task.fitted else held).update(x, reference.pop(window, None))
+                self._round_group(group, statistics, held.sample)
+            if self.recipe.tuning is None:
+                for window, output in runs.outputs():
+                    inputs[window] = output
+                self.result.propagated = True
+        task.budget.give_back(nbytes)
+        return True
 
     def _round_stage(self, stage: Sequence[Group]) -> None:
         needs = ROUNDING_STEPS[self.recipe.rounding].needs(self.settings)

@@ -278,11 +278,12 @@ class Walk:
         skeleton = self._skeleton
         block = skeleton.load_block(index)
         formats = InputFormats(self._scheme)
+        propagated = False
         if record is None:
-            record = self._round_block(index, block, formats, paths)
+            record, propagated = self._round_block(index, block, formats, paths)
         else:
             self._restore(index, block, formats)
-        for path in paths:
+        for path in paths[1:] if propagated else paths:
             self._propagate(index, block, path.length, path.quantized)
         formats.detach()
         if any(path.reference is not None for path in paths):
@@ -299,7 +300,8 @@ class Walk:
             for window in range(len(store)):
                 store[window] = call(block, store[window])
 
-    def _round_block(self, index: int, block: nn.Module, formats: InputFormats, paths: list[_Path]) -> dict[str, Any]:
+    def _round_block(self, index: int, block: nn.Module, formats: InputFormats, paths: list[_Path]) -> tuple[dict[str, Any], bool]:
+        """The block's record, and whether the calibration windows have gone through what was rounded already."""
         skeleton, prefix = self._skeleton, f"{self._skeleton.block_name(index)}."
         names = [name.removeprefix(prefix) for name in self._inside[index]]
         calibrated = self._calibration is not None
@@ -317,6 +319,7 @@ class Walk:
             reference=path.reference if path is not None else None,
             fitted=len(self._calibration.ids) if self._calibration is not None else 0,
             new_store=path.new_store if path is not None else None,
+            budget=self._budget,
         )
         with torch.no_grad():
             result = quantize_block(task, self._scheme, self._settings, formats)
@@ -331,7 +334,7 @@ class Walk:
         experts = [asdict(report) for report in result.experts]
         record = {"layers": [asdict(layer) for layer in result.layers], "notes": notes, "experts": experts}
         self._work.save(self._block_step(index), tensors, record)
-        return record
+        return record, result.propagated
 
     def _restore(self, index: int, block: nn.Module, formats: InputFormats) -> None:
         """Put a finished block's tensors into the module."""
