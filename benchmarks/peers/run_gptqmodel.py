@@ -25,7 +25,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
 from _runner import Export, Job, integer_export, logits_of, main, unpack_stream
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig, extension
 from gptqmodel.quantization.config import GPTAQConfig
 from safetensors.torch import load_file
 
@@ -72,6 +72,7 @@ def quantize(job: Job) -> Export:
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in job.calibration()]
     dtype = "auto" if job.dtype == "auto" else getattr(torch, job.dtype)
     model = GPTQModel.load(job.model, _config(job), dtype=dtype)
+    extension.load(name="pack_block_cpu")  # compiled at the first use on a machine, which belongs to no timing
     started = time.perf_counter()
     model.quantize(rows, batch_size=1)
     seconds = time.perf_counter() - started
