@@ -91,7 +91,8 @@ def test_kv_cache_is_fp8_with_a_static_scale_per_tensor_or_refused() -> None:
 def test_round_trip_and_the_library_decompresses_to_the_same_weights(name: str, tmp_path: Path) -> None:
     scheme = get_scheme(name)
     assert scheme.weights is not None
-    linears = {f"model.layers.{i}.mlp.up_proj": rtn(weight(256, 256, i), scheme.weights) for i in range(2)}
+    static = {"input_scale": torch.tensor([0.02])} if scheme.input_activations and not scheme.input_activations.dynamic else {}
+    linears = {f"model.layers.{i}.mlp.up_proj": replace(rtn(weight(256, 256, i), scheme.weights), **static) for i in range(2)}
     reader = CompressedTensorsReader(write(tmp_path / "out", scheme, linears))
     assert reader.scheme.weights == scheme.weights and reader.scheme.input_activations == scheme.input_activations
     assert reader.scheme.name == name and reader.ignore == ("lm_head",) and set(reader.linears) == set(linears)
@@ -216,3 +217,21 @@ def test_a_configuration_that_is_none_is_refused(config: Any, error: type[Fewbit
         (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(error):
         CompressedTensorsReader(tmp_path)
+
+
+def test_llm_int8_is_w8a16_for_others_and_keeps_its_threshold_for_us(tmp_path: Path) -> None:
+    scheme = get_scheme("LLM-INT8")
+    assert scheme.weights is not None and scheme.input_activations is not None
+    config = quantization_config(scheme, [])
+    assert config["format"] == layout_format(get_scheme("W8A16")) and config["config_groups"]["group_0"]["input_activations"] is None
+    q = rtn(weight(64, 128), scheme.weights)
+    out = write(tmp_path / "out", scheme, {"up_proj": q})
+    assert_same(CompressedTensorsReader(out).read("up_proj"), q)
+    assert CompressedTensorsReader(out).scheme == scheme
+    other = replace(scheme, name="", input_activations=replace(scheme.input_activations, outlier_threshold=4.5))
+    threshold = CompressedTensorsReader(write(tmp_path / "other", other, {"up_proj": q})).scheme.input_activations
+    assert threshold is not None and threshold.outlier_threshold == 4.5
+    path = out / "config.json"
+    path.write_text(path.read_text().replace('"outlier_threshold": 6.0', '"outlier_threshold": "many"'))
+    with pytest.raises(CheckpointError, match="fewbit's own"):
+        _ = CompressedTensorsReader(out).scheme

@@ -32,3 +32,14 @@ def test_w8a8_collapses_and_weights_alone_do_not(outliers: Path) -> None:
     assert delta["plain"] < 1.0
     assert delta["weights"] < 5.0
     assert delta["outliers"] > 10.0
+
+
+def test_llm_int8_keeps_what_w8a8_loses(outliers: Path) -> None:
+    """Its outlier columns stay; what remains is the rounding of the weights, as W8A16 has it."""
+    delta = {}
+    for scheme in ("W8A16", "LLM-INT8"):
+        quality = evaluate(outliers, scheme=scheme, max_tokens=4096).quality
+        assert quality is not None
+        delta[scheme] = quality.perplexity_delta_percent.value
+    assert delta["LLM-INT8"] < 1.0
+    assert delta["LLM-INT8"] == pytest.approx(delta["W8A16"], abs=0.2)

@@ -46,7 +46,7 @@ from fewbit.workflows.quantize import quantize_model
 
 UNGATED = WalkSettings(gate=GateChoice(enabled=False))
 LINEARS = 14  # 2 layers of q, k, v, o, gate, up, down
-SYMMETRIC = ("W4A16", "W4A16-G32", "W8A16", "W8A8", "FP8", "FP8A16", "W3A16", "W2A16", "MXFP4", "FP8-BLOCK")
+SYMMETRIC = ("W4A16", "W4A16-G32", "W8A16", "W8A8", "FP8", "FP8A16", "W3A16", "W2A16", "MXFP4", "FP8-BLOCK", "FP8-TENSOR", "LLM-INT8")
 ASYMMETRIC_FAILS = transformers.__version__.startswith("5.23") and compressed_tensors.__version__.startswith("0.20")
 
 

@@ -7,7 +7,8 @@ A linear `P` of [out, in] with groups of g columns becomes, by the `format` that
                             P.weight_scale [out, in/g], P.weight_shape I64 [2]
                             affine: P.weight_zero_point I32 [ceil(out*b/32), in/g]
     int-quantized           P.weight I8 [out, in], P.weight_scale [out, 1]              q * s
-    float-quantized         P.weight F8_E4M3 [out, in], P.weight_scale                  q * s;  blocks: s is [out/128, in/128]
+    float-quantized         P.weight F8_E4M3 [out, in], P.weight_scale                  q * s;  blocks: s is [out/128, in/128],
+                                                                                        per tensor [1]
     naive-quantized         as float-quantized, the activations stay in high precision
     nvfp4-pack-quantized    P.weight_packed U8 [out, in/2], P.weight_scale F8_E4M3      q * s / global
                             [out, in/16], P.weight_global_scale F32 [1]
@@ -20,6 +21,10 @@ half.
 
 Which bits go where is the library's business: configuration classes, the choice of `format` and integer packing are its own code, so that
 what is written here is what its other users read. FP4 is packed here: the library's function packs floats, and ours are codes already.
+
+**LLM.int8()** (inputs with an outlier threshold) is a way to run INT8 weights, and compressed-tensors has no word for it: written as W8A8
+it would collapse elsewhere just where it is needed. So it is written as W8A16, and the inputs' format stands under `fewbit` beside the
+layout's fields, `{"input_activations": {"outlier_threshold": 6.0}}`: fewbit takes it back, other loaders run INT8 weights with 16-bit inputs.
 
 NVFP4's global scale divides here and multiplies in `QuantizedTensor`: it is stored as the reciprocal, which in FP32 may lose the last bit.
 """
@@ -64,6 +69,7 @@ _FORMATS = (
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
 )
+_INT8_INPUTS = QuantSpec(8, strategy="token", dynamic=True, scale_dtype="float32")  # what outlier columns are taken out of
 _REWRITE = "the checkpoint is damaged or not in this layout: write or download it again"
 
 
@@ -77,6 +83,8 @@ def supports(scheme: Scheme) -> str | None:
         activations = scheme.input_activations
         if not activations.dynamic:
             reason = "static scales of input activations need calibration, which does not exist yet"
+        elif activations.outlier_threshold is not None and replace(activations, outlier_threshold=None) != _INT8_INPUTS:
+            reason = "fewbit writes outlier columns only beside INT8 inputs per token"
         elif _is_e5m2(activations):
             reason = "compressed-tensors has no FP8 E5M2, only E4M3"
     if reason is None and scheme.kv_keys is not None:
@@ -135,7 +143,7 @@ def _layout_scheme(scheme: Scheme) -> QuantizationScheme:
     if reason is not None:
         raise UsageError(f"scheme {scheme.name} cannot be written as compressed-tensors: {reason}", "choose another scheme")
     assert scheme.weights is not None
-    activations = scheme.input_activations
+    activations = None if _outlier_threshold(scheme) is not None else scheme.input_activations
     layout = QuantizationScheme(
         targets=["Linear"],
         weights=_layout_args(scheme.weights),
@@ -143,6 +151,10 @@ def _layout_scheme(scheme: Scheme) -> QuantizationScheme:
     )
     layout.format = infer_module_format(torch.nn.Linear, layout).value
     return layout
+
+
+def _outlier_threshold(scheme: Scheme) -> float | None:
+    return None if scheme.input_activations is None else scheme.input_activations.outlier_threshold
 
 
 def layout_format(scheme: Scheme) -> str:
@@ -172,6 +184,9 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
         ignore=list(ignore),
     )
     fields: dict[str, Any] = config.model_dump(mode="json")
+    threshold = _outlier_threshold(scheme)
+    if threshold is not None:
+        fields["fewbit"] = {"input_activations": {"outlier_threshold": threshold}}
     return {**fields, "sparsity_config": {}, "transform_config": {}, "version": library_version}
 
 
@@ -196,7 +211,7 @@ def write_linear(prefix: str, q: QuantizedTensor, scheme: Scheme) -> dict[str, t
         raise FormatError(f"'{prefix}' has a group index, which compressed-tensors does not store", "quantize with static groups")
     out, columns = q.shape
     layout = layout_format(scheme)
-    tensors = {"weight_scale": q.scale}
+    tensors = {"weight_scale": q.scale.view(1) if q.spec.strategy == "tensor" else q.scale}
     if layout == "pack-quantized":
         tensors["weight_packed"] = pack_to_int32(q.values, q.spec.num_bits)
         tensors["weight_shape"] = torch.tensor([out, columns], dtype=torch.int64)
@@ -255,10 +270,11 @@ class CompressedTensorsReader:
         if dtype not in _SCALE_DTYPES:
             raise CheckpointError(f"'{self.directory}' has scales in {dtype}", _REWRITE)
         activations, cache = self._layout.input_activations, self._config.kv_cache_scheme
+        own = _own_inputs(self.directory)
         scheme = Scheme(
             name="",
             weights=_spec(self._layout.weights, _SCALE_DTYPES[dtype]),
-            input_activations=_spec(activations, "float32") if activations else None,
+            input_activations=_spec(activations, "float32") if activations else own,
             kv_keys=_spec(cache, "bfloat16") if cache else None,
             kv_values=_spec(cache, "bfloat16") if cache else None,
         )
@@ -302,7 +318,9 @@ class _Linears:
         """The weight of one linear."""
         spec = self._spec
         values = self._values(prefix, spec)
-        scale = self._tensor(prefix, "weight_scale", _dtype_of(spec.scale_dtype), scale_shape(spec, *values.shape))
+        shape = scale_shape(spec, *values.shape)
+        stored = (1,) if spec.strategy == "tensor" else shape
+        scale = self._tensor(prefix, "weight_scale", _dtype_of(spec.scale_dtype), stored).view(shape)
         if scale.is_floating_point() and not bool(scale.float().isfinite().all()):
             raise CheckpointError(f"'{prefix}.weight_scale' in '{self.directory}' has NaN or infinite scales", _REWRITE)
         return QuantizedTensor(values, scale, spec, self._zero_point(prefix, spec, scale), global_scale=self._global_scale(prefix, spec))
@@ -373,6 +391,17 @@ def _read_config(directory: Path) -> LayoutConfig:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"'{path}' has no valid quantization_config: {reason}", _REWRITE) from error
+
+
+def _own_inputs(directory: Path) -> QuantSpec | None:
+    """The inputs' format that fewbit has left beside the layout's fields; None when there is none."""
+    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"].get("fewbit")
+    if fields is None:
+        return None
+    try:
+        return replace(_INT8_INPUTS, outlier_threshold=float(fields["input_activations"]["outlier_threshold"]))
+    except (KeyError, TypeError, ValueError, FormatError) as error:
+        raise CheckpointError(f"'{directory / 'config.json'}' has damaged fields of fewbit's own: {fields}", _REWRITE) from error
 
 
 def _checked_format(name: Any, directory: Path) -> str:

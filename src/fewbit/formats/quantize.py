@@ -22,6 +22,8 @@ Dynamic groupings, always relative to the last dimension of x [..., n]:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fewbit.errors import FormatError
@@ -31,7 +33,7 @@ from fewbit.formats.scales import compute_scales, round_scale, scale_as_float, s
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
 
-__all__ = ["dequantize", "dequantize_dynamic", "fake_quantize", "quantize", "quantize_dynamic"]
+__all__ = ["dequantize", "dequantize_dynamic", "fake_quantize", "outlier_columns", "quantize", "quantize_dynamic"]
 
 
 def _per_column(scale: torch.Tensor, g_idx: torch.Tensor) -> torch.Tensor:
@@ -232,11 +234,19 @@ def dequantize_dynamic(
     return (decoded * step).to(dtype).reshape(values.shape)
 
 
+def outlier_columns(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """LLM.int8()'s outliers (arXiv 2208.07339): bool [n], the columns of x [..., n] in which any |value| exceeds `threshold`."""
+    return x.abs().flatten(0, -2).amax(0) > threshold if x.ndim > 1 else x.abs() > threshold
+
+
 def fake_quantize(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Quantize and dequantize on the fly: what a dynamic format does to x, in x's shape and dtype.
+    """Quantize and dequantize on the fly: what a dynamic format does to x, in x's shape and dtype; outlier columns stay as they are.
 
     Raises:
         FormatError: as `quantize_dynamic`.
     """
+    if spec.outlier_threshold is not None:
+        outliers, plain = outlier_columns(x, spec.outlier_threshold), replace(spec, outlier_threshold=None)
+        return torch.where(outliers, x, fake_quantize(x.masked_fill(outliers, 0.0), plain))
     values, scale, zero_point = quantize_dynamic(x, spec)
     return dequantize_dynamic(values, scale, zero_point, spec, x.dtype)

@@ -7,7 +7,7 @@ A scheme has three separate targets that are never mixed up: weights, input acti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fewbit.errors import FormatError, UsageError
@@ -39,6 +39,7 @@ class QuantSpec:
         zero_point_dtype: how zero points are stored when affine; sub-byte formats pack them as densely as the values.
         exponent_bits: exponent width of a `float`: 4 is E4M3 (8 bit), 5 is E5M2, 2 is E2M1 (4 bit).
         global_scale: a second, FP32 scale per tensor on top of the stored ones (NVFP4).
+        outlier_threshold: of input activations: columns in which any value is larger in magnitude stay in high precision (LLM.int8()).
 
     Raises:
         FormatError: the fields contradict each other.
@@ -55,6 +56,7 @@ class QuantSpec:
     zero_point_dtype: ZeroPointDtype | None = None
     exponent_bits: int | None = None
     global_scale: bool = False
+    outlier_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_bits <= 8:
@@ -67,6 +69,8 @@ class QuantSpec:
             raise FormatError("block_shape belongs to strategy 'block' and only to it")
         if (self.type == "float") != (self.exponent_bits is not None):
             raise FormatError("exponent_bits belongs to type 'float' and only to it")
+        if self.outlier_threshold is not None and not (self.outlier_threshold > 0 and self.dynamic and self.strategy == "token"):
+            raise FormatError("outlier_threshold is a positive number and belongs to dynamic formats per token (input activations)")
         if not self.symmetric and self.type != "int":
             raise FormatError(f"type '{self.type}' is symmetric by construction; affine needs type 'int'")
         if not self.symmetric and self.zero_point_dtype is None:
@@ -82,7 +86,8 @@ class QuantSpec:
     def __str__(self) -> str:
         where = {"group": f"group {self.group_size}", "block": f"block {self.block_shape}"}.get(self.strategy, f"per {self.strategy}")
         kind = "" if self.type != "int" else (", symmetric" if self.symmetric else ", affine")
-        return f"{self.grid_name.upper()} {where}{kind}"
+        outliers = "" if self.outlier_threshold is None else f", columns beyond {self.outlier_threshold:g} in 16 bit"
+        return f"{self.grid_name.upper()} {where}{kind}{outliers}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ def _weight_int(num_bits: int, group_size: int | None, symmetric: bool = True) -
 _FP8 = QuantSpec(num_bits=8, type="float", exponent_bits=4, strategy="channel")
 _INT8_TOKEN = QuantSpec(num_bits=8, strategy="token", dynamic=True, scale_dtype="float32")
 _FP8_TOKEN = QuantSpec(num_bits=8, type="float", exponent_bits=4, strategy="token", dynamic=True, scale_dtype="float32")
+_INT8_OUTLIERS = replace(_INT8_TOKEN, outlier_threshold=6.0)
 _KV8 = QuantSpec(num_bits=8, strategy="token", dynamic=True)
 _KVFP8 = QuantSpec(num_bits=8, type="float", exponent_bits=4, strategy="token", dynamic=True)
 _KV4 = QuantSpec(num_bits=4, strategy="group", group_size=32, symmetric=False, dynamic=True)
@@ -140,6 +146,7 @@ SCHEMES: Mapping[str, Scheme] = {
         ),
         Scheme("FP8A16", weights=_FP8),
         Scheme("FP8", weights=_FP8, input_activations=_FP8_TOKEN),
+        Scheme("FP8-TENSOR", weights=replace(_FP8, strategy="tensor"), input_activations=_FP8_TOKEN),
         Scheme(
             "FP8-BLOCK",
             weights=QuantSpec(8, "float", "block", block_shape=(128, 128), exponent_bits=4, scale_dtype="float32"),
@@ -147,6 +154,7 @@ SCHEMES: Mapping[str, Scheme] = {
         ),
         Scheme("FP8-E5M2", weights=QuantSpec(8, "float", "channel", exponent_bits=5)),
         Scheme("W8A8", weights=_weight_int(8, None), input_activations=_INT8_TOKEN),
+        Scheme("LLM-INT8", weights=_weight_int(8, None), input_activations=_INT8_OUTLIERS),
         Scheme("KV-INT8", kv_keys=_KV8, kv_values=_KV8),
         Scheme("KV-FP8", kv_keys=_KVFP8, kv_values=_KVFP8),
         Scheme("KV-INT4", kv_keys=_KV4, kv_values=_KV4, kv_residual_window=32),

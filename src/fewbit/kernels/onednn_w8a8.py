@@ -7,6 +7,14 @@ AVX-512 VNNI multiplies unsigned by signed bytes. So the activations go in as u 
 and oneDNN's fast path; signed activations take its reference loop here, about a thousand times slower (1.7 s against 1.8 ms at 8960 x 1536,
 M = 1, torch 2.13). `_int_mm` gives the same sums but repacks the weight at every call.
 
+**Outlier columns** (LLM.int8(), arXiv 2208.07339: columns in which any |x| exceeds a threshold stay in 16 bit). The paper multiplies them
+with their columns of the weight in FP16. oneDNN's blocked weight has no columns to take, and a second copy would cost the memory that
+INT8 saves. So the outlier columns go through the same integer product as two more rows per token, each zero elsewhere:
+
+    x_o ~ s_1 q_1 + s_2 q_2        q_1 rounds x_o, q_2 the rest of it: steps of 1 / 65,000 of the token's largest outlier, 16 bits
+
+The weight is read once for all of them; a prompt with outliers takes three times the products of W8A8, a prompt without takes one.
+
 Resident: the weight in oneDNN's blocked order (an opaque tensor, int8 [in, out]; torch's `numel` times one byte, without oneDNN's padding
 and 4 bytes a channel of compensation sums), scale float32 [out] and the int32 zero points [out] that the operator asks for.
 """
@@ -14,11 +22,13 @@ and 4 bytes a channel of compensation sums), scale float32 [out] and the int32 z
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from fewbit.errors import FormatError
-from fewbit.formats.quantize import quantize_dynamic
+from fewbit.formats.quantize import dequantize_dynamic, outlier_columns, quantize_dynamic
+from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
 from fewbit.kernels.torch_ops import missing_ops
@@ -68,11 +78,31 @@ class OneDnnW8A8(Kernel):
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
         assert request.input_activations is not None
         rows = x.reshape(-1, request.in_features).float()  # [M, in]
-        values, scale, _ = quantize_dynamic(rows, request.input_activations)  # int8 [M, in], [M, 1]
+        parts, spec = [rows], request.input_activations
+        if spec.outlier_threshold is not None:
+            parts, spec = _three_parts(rows, spec)
+        tokens, rows = rows.shape[0], torch.cat(parts) if len(parts) > 1 else rows
+        values, scale, _ = quantize_dynamic(rows, spec)  # int8 [M, in], [M, 1]
         unsigned = values.view(torch.uint8) ^ _ZERO_POINT  # int8 + 128: the top bit flipped
         sums: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
             unsigned, 1.0, _ZERO_POINT, packed["values"], packed["scale"], packed["zero_point"], None,
             1.0, 0, torch.float32, "none", [], "",
         )  # [M, out], the channel's scale applied  # fmt: skip
         y = sums.mul_(scale.masked_fill(scale == _SATURATED, float("nan")))
+        y = y if len(parts) == 1 else y.view(len(parts), tokens, -1).sum(0)
         return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], request.out_features)
+
+
+def _three_parts(x: torch.Tensor, spec: QuantSpec) -> tuple[list[torch.Tensor], QuantSpec]:
+    """x without its outlier columns, those columns alone, and what INT8 leaves of them; x alone when there are none. And the plain format.
+
+    Args:
+        x: [M, in] float32.
+    """
+    assert spec.outlier_threshold is not None
+    outliers, plain = outlier_columns(x, spec.outlier_threshold), replace(spec, outlier_threshold=None)
+    if not bool(outliers.any()):
+        return [x], plain
+    alone = x.masked_fill(~outliers, 0.0)
+    values, scale, _ = quantize_dynamic(alone, plain)
+    return [x.masked_fill(outliers, 0.0), alone, alone - dequantize_dynamic(values, scale, None, plain)], plain
