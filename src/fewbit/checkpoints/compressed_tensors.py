@@ -24,7 +24,7 @@ what is written here is what its other users read. FP4 is packed here: the libra
 
 **LLM.int8()** (inputs with an outlier threshold) is a way to run INT8 weights, and compressed-tensors has no word for it: written as W8A8
 it would collapse elsewhere just where it is needed. So it is written as W8A16, and the inputs' format stands under `fewbit` beside the
-layout's fields, `{"input_activations": {"outlier_threshold": 6.0}}`: fewbit takes it back, other loaders run INT8 weights with 16-bit inputs.
+layout's fields, `{"input_activations": {"outlier_threshold": 6.0}}`: fewbit takes it back, others run INT8 weights with 16-bit inputs.
 
 NVFP4's global scale divides here and multiplies in `QuantizedTensor`: it is stored as the reciprocal, which in FP32 may lose the last bit.
 """
