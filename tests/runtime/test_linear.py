@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -31,8 +33,13 @@ def weight(shape: tuple[int, int] = SHAPE) -> torch.Tensor:
 def test_forward_is_the_quantized_linear(scheme):
     bias = torch.randn(SHAPE[0]).bfloat16()
     layer = make(scheme, bias=bias)
-    layer.quant_method.load_weight(layer, weight())
-    spec = SCHEMES[scheme].weights
+    inputs, spec = SCHEMES[scheme].input_activations, SCHEMES[scheme].weights
+    if inputs is not None and not inputs.dynamic:
+        with pytest.raises(FormatError, match="calibrate"):
+            layer.quant_method.load_weight(layer, weight())
+        layer.quant_method.load_weight(layer, replace(rtn(weight(), spec), input_scale=torch.tensor([4 / 127.5])))
+    else:
+        layer.quant_method.load_weight(layer, weight())
     effective = weight().float() if spec is None else dequantize(rtn(weight(), spec))
     x = torch.randn(2, 3, SHAPE[1]).bfloat16()
     expected = torch.nn.functional.linear(x.float(), effective, bias.float())

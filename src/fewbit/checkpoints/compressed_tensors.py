@@ -81,8 +81,8 @@ def supports(scheme: Scheme) -> str | None:
     reason = _weights_reason(scheme.weights)
     if reason is None and scheme.input_activations is not None:
         activations = scheme.input_activations
-        if not activations.dynamic:
-            reason = "static scales of input activations need calibration, which does not exist yet"
+        if not activations.dynamic and (activations.strategy != "tensor" or not activations.symmetric):
+            reason = "compressed-tensors has static scales of input activations only per tensor and symmetric"
         elif activations.outlier_threshold is not None and replace(activations, outlier_threshold=None) != _INT8_INPUTS:
             reason = "fewbit writes outlier columns only beside INT8 inputs per token"
         elif _is_e5m2(activations):
@@ -225,6 +225,10 @@ def write_linear(prefix: str, q: QuantizedTensor, scheme: Scheme) -> dict[str, t
         tensors["weight"] = q.values
         if q.zero_point is not None:
             tensors["weight_zero_point"] = q.zero_point
+    if scheme.input_activations is not None and not scheme.input_activations.dynamic:
+        if q.input_scale is None:
+            raise FormatError(f"'{prefix}' has no scale for its static inputs", "calibrate it: smoothquant or gptq")
+        tensors["input_scale"] = q.input_scale.float()
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -290,9 +294,7 @@ class CompressedTensorsReader:
         Raises:
             CheckpointError: a tensor is missing, has a shape or dtype that contradicts the others, or a scale is not finite.
         """
-        spec = self.scheme.weights
-        assert spec is not None
-        return _Linears(self.files, spec, self._format).read(prefix)
+        return _Linears(self.files, self.scheme, self._format).read(prefix)
 
 
 def read_linear(files: SafetensorsFiles, prefix: str, scheme: Scheme) -> QuantizedTensor:
@@ -302,16 +304,16 @@ def read_linear(files: SafetensorsFiles, prefix: str, scheme: Scheme) -> Quantiz
         CheckpointError: as `CompressedTensorsReader.read`.
         UsageError: the layout cannot hold the scheme.
     """
-    layout = layout_format(scheme)
-    assert scheme.weights is not None
-    return _Linears(files, scheme.weights, layout).read(prefix)
+    return _Linears(files, scheme, layout_format(scheme)).read(prefix)
 
 
 class _Linears:
     """Linears of one format in safetensors files."""
 
-    def __init__(self, files: SafetensorsFiles, spec: QuantSpec, layout: str) -> None:
-        self.files, self._spec, self._format = files, spec, layout
+    def __init__(self, files: SafetensorsFiles, scheme: Scheme, layout: str) -> None:
+        assert scheme.weights is not None
+        self.files, self._spec, self._format = files, scheme.weights, layout
+        self._static_inputs = scheme.input_activations is not None and not scheme.input_activations.dynamic
         self.directory = files.directory
 
     def read(self, prefix: str) -> QuantizedTensor:
@@ -323,7 +325,8 @@ class _Linears:
         scale = self._tensor(prefix, "weight_scale", _dtype_of(spec.scale_dtype), stored).view(shape)
         if scale.is_floating_point() and not bool(scale.float().isfinite().all()):
             raise CheckpointError(f"'{prefix}.weight_scale' in '{self.directory}' has NaN or infinite scales", _REWRITE)
-        return QuantizedTensor(values, scale, spec, self._zero_point(prefix, spec, scale), global_scale=self._global_scale(prefix, spec))
+        zero_point, global_scale = self._zero_point(prefix, spec, scale), self._global_scale(prefix, spec)
+        return QuantizedTensor(values, scale, spec, zero_point, global_scale=global_scale, input_scale=self._input_scale(prefix))
 
     def _values(self, prefix: str, spec: QuantSpec) -> torch.Tensor:
         if self._format == "pack-quantized":
@@ -351,6 +354,18 @@ class _Linears:
         if not bool((divisor.isfinite() & (divisor > 0)).all()):
             raise CheckpointError(f"'{prefix}.weight_global_scale' in '{self.directory}' is no positive number", _REWRITE)
         return 1 / divisor
+
+    def _input_scale(self, prefix: str) -> torch.Tensor | None:
+        """float32 [1], where inputs are static; stored in any floating dtype."""
+        name = f"{prefix}.input_scale"
+        if not self._static_inputs:
+            return None
+        if name not in self.files:
+            raise CheckpointError(f"'{name}' is missing in '{self.directory}', and its inputs are static", _REWRITE)
+        scale = self.files.get(name).float().reshape(-1)
+        if scale.shape != (1,) or not bool((scale.isfinite() & (scale > 0)).all()):
+            raise CheckpointError(f"'{name}' in '{self.directory}' is no positive number", _REWRITE)
+        return scale
 
     def _tensor(self, prefix: str, part: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """One tensor of a linear, checked before it is read; `shape` None accepts any matrix."""
@@ -418,7 +433,12 @@ def _only_group(config: LayoutConfig, directory: Path) -> QuantizationScheme:
         raise UnsupportedModelError(f"'{directory}' mixes {len(groups)} formats of weights", "fewbit reads checkpoints with one")
     activations = groups[0].input_activations
     if activations is not None and activations.dynamic is not True:
-        raise UnsupportedModelError(f"'{directory}' has static scales of activations", "fewbit reads weight-only and dynamic ones")
+        if activations.dynamic is not False or str(getattr(activations.strategy, "value", activations.strategy)) != "tensor":
+            raise UnsupportedModelError(
+                f"'{directory}' has scales of activations that are neither dynamic nor one per tensor", "fewbit reads those two"
+            )
+        if not activations.symmetric:
+            raise UnsupportedModelError(f"'{directory}' has zero points of activations", "fewbit reads symmetric activation formats")
     return groups[0]
 
 

@@ -118,6 +118,7 @@ def _weight_int(num_bits: int, group_size: int | None, symmetric: bool = True) -
 _FP8 = QuantSpec(num_bits=8, type="float", exponent_bits=4, strategy="channel")
 _INT8_TOKEN = QuantSpec(num_bits=8, strategy="token", dynamic=True, scale_dtype="float32")
 _FP8_TOKEN = QuantSpec(num_bits=8, type="float", exponent_bits=4, strategy="token", dynamic=True, scale_dtype="float32")
+_INT8_STATIC = QuantSpec(num_bits=8, strategy="tensor", scale_dtype="float32")
 _INT8_OUTLIERS = replace(_INT8_TOKEN, outlier_threshold=6.0)
 _KV8 = QuantSpec(num_bits=8, strategy="token", dynamic=True)
 _KVFP8 = QuantSpec(num_bits=8, type="float", exponent_bits=4, strategy="token", dynamic=True)
@@ -154,6 +155,7 @@ SCHEMES: Mapping[str, Scheme] = {
         ),
         Scheme("FP8-E5M2", weights=QuantSpec(8, "float", "channel", exponent_bits=5)),
         Scheme("W8A8", weights=_weight_int(8, None), input_activations=_INT8_TOKEN),
+        Scheme("W8A8-STATIC", weights=_weight_int(8, None), input_activations=_INT8_STATIC),
         Scheme("LLM-INT8", weights=_weight_int(8, None), input_activations=_INT8_OUTLIERS),
         Scheme("KV-INT8", kv_keys=_KV8, kv_values=_KV8),
         Scheme("KV-FP8", kv_keys=_KVFP8, kv_values=_KVFP8),

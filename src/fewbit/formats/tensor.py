@@ -34,6 +34,7 @@ class QuantizedTensor:
         g_idx: int32 [in], the group of each input column, when columns were quantized out of order; else None.
         global_scale: float32 [1], multiplies the block scales: x ~ value * (scale * global_scale); else None.
         codebook: the entries that indices point to, when `spec.type` is `codebook`.
+        input_scale: float32 [1]: of a linear whose inputs have a static format, their scale (`formats.static`); else None.
     """
 
     values: torch.Tensor
@@ -43,6 +44,7 @@ class QuantizedTensor:
     g_idx: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None
     codebook: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fewbit.errors import FormatError
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
 
@@ -105,6 +106,20 @@ class Kernel(ABC):
         Returns:
             [..., out], `request.dtype`.
         """
+
+    @staticmethod
+    def static_input_scale(weight: QuantizedTensor, request: KernelRequest) -> dict[str, torch.Tensor]:
+        """`input_scale` float32 [1] where the request's inputs are static, for `pack`; nothing where they are dynamic.
+
+        Raises:
+            FormatError: the inputs are static, and the weight has no scale for them.
+        """
+        inputs = request.input_activations
+        if inputs is None or inputs.dynamic:
+            return {}
+        if weight.input_scale is None:
+            raise FormatError(f"inputs in {inputs} are static, and the weight has no scale for them", "calibrate it: smoothquant or gptq")
+        return {"input_scale": weight.input_scale.to(request.device, torch.float32, copy=True)}
 
     def weight_traffic_bytes(self, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> int:
         """Bytes of memory traffic that the weight causes in one `apply` at M = 1: the packed bytes when fused, plus what is written and

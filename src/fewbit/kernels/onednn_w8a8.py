@@ -29,6 +29,7 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.formats.quantize import dequantize_dynamic, outlier_columns, quantize_dynamic
 from fewbit.formats.spec import QuantSpec
+from fewbit.formats.static import quantize_static, spoiled
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
 from fewbit.kernels.torch_ops import missing_ops
@@ -40,10 +41,10 @@ _SATURATED = torch.finfo(torch.float32).max  # the scale of a token with an infi
 
 
 class OneDnnW8A8(Kernel):
-    """INT8 weights per channel, INT8 activations per token, both symmetric; CPU."""
+    """INT8 weights per channel, INT8 activations per token or static per tensor, all symmetric; CPU."""
 
     name = "onednn-w8a8"
-    description = "INT8 x INT8 products with 32-bit sums, inputs quantized per token, torch onednn::qlinear_pointwise"
+    description = "INT8 x INT8 products with 32-bit sums, inputs quantized per token or per tensor, torch onednn::qlinear_pointwise"
     fused = True
     priority = 50
 
@@ -51,8 +52,10 @@ class OneDnnW8A8(Kernel):
         weights, inputs = request.weights, request.input_activations
         if weights is None or weights.type != "int" or weights.num_bits != 8:
             return f"runs INT8 weights; this one is {weights or 'in high precision'}"
-        if inputs is None or inputs.type != "int" or inputs.num_bits != 8 or inputs.strategy != "token" or not inputs.symmetric:
-            return f"takes INT8 inputs, symmetric per token; these are {inputs or 'in high precision'}"
+        if inputs is None or inputs.type != "int" or inputs.num_bits != 8 or not inputs.symmetric:
+            return f"takes INT8 inputs, symmetric; these are {inputs or 'in high precision'}"
+        if (inputs.strategy, inputs.dynamic) not in (("token", True), ("tensor", False)):
+            return f"takes inputs with a dynamic scale per token or a static one per tensor; these are {inputs}"
         if weights.strategy != "channel" or weights.group_size is not None or not weights.symmetric:
             return f"runs one scale per channel and no zero point, not {weights}"
         return None
@@ -65,7 +68,7 @@ class OneDnnW8A8(Kernel):
         return missing_ops(("qlinear_prepack", "qlinear_pointwise"), "onednn")
 
     def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
-        """`values` int8 [in, out], opaque; `scale` float32 [out]; `zero_point` int32 [out], zeros."""
+        """`values` int8 [in, out], opaque; `scale` float32 [out]; `zero_point` int32 [out], zeros; static: `input_scale` float32 [1]."""
         if not isinstance(weight, QuantizedTensor):
             raise FormatError(f"{self.name} packs quantized weights", "quantize the tensor first (methods.rtn)")
         scale = weight.scale.view(-1).float()
@@ -73,6 +76,7 @@ class OneDnnW8A8(Kernel):
             "values": torch.ops.onednn.qlinear_prepack(weight.values.contiguous(), None),
             "scale": scale,
             "zero_point": torch.zeros(scale.shape, dtype=torch.int32),
+            **self.static_input_scale(weight, request),
         }
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
@@ -82,7 +86,11 @@ class OneDnnW8A8(Kernel):
         if spec.outlier_threshold is not None:
             parts, spec = _three_parts(rows, spec)
         tokens, rows = rows.shape[0], torch.cat(parts) if len(parts) > 1 else rows
-        values, scale, _ = quantize_dynamic(rows, spec)  # int8 [M, in], [M, 1]
+        static = packed.get("input_scale")
+        if static is None:
+            values, scale, _ = quantize_dynamic(rows, spec)  # int8 [M, in], [M, 1]
+        else:
+            values, scale = quantize_static(rows, static, spec), static + spoiled(rows)
         unsigned = values.view(torch.uint8) ^ _ZERO_POINT  # int8 + 128: the top bit flipped
         sums: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
             unsigned, 1.0, _ZERO_POINT, packed["values"], packed["scale"], packed["zero_point"], None,

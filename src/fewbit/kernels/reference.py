@@ -23,6 +23,7 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.formats.packing import pack_values, unpack_values
 from fewbit.formats.quantize import dequantize, fake_quantize
+from fewbit.formats.static import fake_quantize_static
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
 
@@ -45,7 +46,7 @@ class ReferenceKernel(Kernel):
 
     def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
         """`values` uint8 [out, ceil(in * num_bits / 8)], `scale`, and where the format has them `zero_point` uint8 [rows,
-        ceil(columns * num_bits / 8)], `g_idx`, `global_scale`, `codebook`.
+        ceil(columns * num_bits / 8)], `g_idx`, `global_scale`, `codebook`, `input_scale`.
 
         Raises:
             FormatError: `weight` is a plain tensor.
@@ -59,13 +60,15 @@ class ReferenceKernel(Kernel):
             tensor = getattr(weight, name)
             if tensor is not None:
                 packed[name] = tensor.clone()
-        return {name: tensor.to(request.device) for name, tensor in packed.items()}
+        return {name: tensor.to(request.device) for name, tensor in packed.items()} | self.static_input_scale(weight, request)
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
         weight = self.unpack(packed, request)
         if request.input_activations is None:
             return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
-        y = torch.nn.functional.linear(fake_quantize(x.float(), request.input_activations), dequantize(weight))
+        inputs, static = request.input_activations, packed.get("input_scale")
+        rounded = fake_quantize(x.float(), inputs) if static is None else fake_quantize_static(x.float(), static, inputs)
+        y = torch.nn.functional.linear(rounded, dequantize(weight))
         return (y if bias is None else y + bias).to(x.dtype)
 
     def unpack(self, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> QuantizedTensor:
@@ -83,6 +86,7 @@ class ReferenceKernel(Kernel):
             g_idx=packed.get("g_idx"),
             global_scale=packed.get("global_scale"),
             codebook=packed.get("codebook"),
+            input_scale=packed.get("input_scale"),
         )
 
     def weight_traffic_bytes(self, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> int:

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 
 from fewbit.errors import FormatError
-from fewbit.formats.grids import decode_values, encode_values
 from fewbit.formats.quantize import dequantize, fake_quantize
 from fewbit.formats.scales import Observer, round_scale, scale_as_float, scale_divisor
 from fewbit.formats.spec import QuantSpec
+from fewbit.formats.static import check_static, fake_quantize_static
 from fewbit.methods.folding import shared
 from fewbit.methods.rtn import rtn
 from fewbit.methods.statistics import InputStatistics
@@ -159,10 +159,9 @@ def quantize_inputs(x: torch.Tensor, spec: QuantSpec, scale: torch.Tensor | None
     """
     if spec.dynamic:
         return fake_quantize(x, spec)
-    _check_static(spec)
     if scale is None:
         raise FormatError(f"{spec} of the inputs is static and has no scale", "compute it with static_input_scale")
-    return decode_values(encode_values(x.float() / scale, spec), spec).mul_(scale).to(x.dtype)
+    return fake_quantize_static(x, scale, spec)
 
 
 def static_input_scale(statistics: InputStatistics, spec: QuantSpec, *, observer: Observer = "minmax") -> torch.Tensor:
@@ -179,7 +178,7 @@ def static_input_scale(statistics: InputStatistics, spec: QuantSpec, *, observer
     Raises:
         FormatError: a format that is not per tensor and symmetric, or `mse` without a sample.
     """
-    _check_static(spec)
+    check_static(spec)
     largest = statistics.max_abs.max().reshape(1)
     full = _stored(largest / scale_divisor(spec), spec)
     if observer == "minmax" or float(largest) == 0:
@@ -198,8 +197,3 @@ def static_input_scale(statistics: InputStatistics, spec: QuantSpec, *, observer
 
 def _stored(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     return scale_as_float(round_scale(scale.float(), spec.scale_dtype), spec)
-
-
-def _check_static(spec: QuantSpec) -> None:
-    if spec.strategy != "tensor" or not spec.symmetric or spec.type not in ("int", "float"):
-        raise FormatError(f"{spec} has no static scale of inputs", "static formats are symmetric and per tensor")

@@ -43,14 +43,15 @@ def list_kernels(shape: tuple[int, int] = (4096, 4096), *, device: str = "cpu", 
 
 
 def _scheme_kernel(scheme: Scheme, base: KernelRequest) -> SchemeKernel:
-    request = replace(base, weights=scheme.weights, input_activations=scheme.input_activations)
+    inputs = scheme.input_activations
+    request = replace(base, weights=scheme.weights, input_activations=inputs)
     chosen = select(request).kernel
     others = [kernel for kernel in KERNELS if kernel is not chosen]
     others.sort(key=lambda kernel: kernel.refuse_format(request) is not None)  # those made for the format first
     return SchemeKernel(
         scheme=scheme.name,
         weights=str(scheme.weights),
-        input_activations="BF16" if scheme.input_activations is None else f"{scheme.input_activations}, dynamic",
+        input_activations="BF16" if inputs is None else f"{inputs}, {'dynamic' if inputs.dynamic else 'static'}",
         kernel=chosen.name,
         fused=chosen.fused,
         fused_candidates=[kernel.name for kernel in KERNELS if kernel.fused and kernel.refuse_format(request) is None],
