@@ -259,7 +259,7 @@ def quantize(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory; unfinished work waits in DIR.partial.")],
     method: Annotated[
         str,
-        typer.Option(metavar="CHAIN", help="rtn, gptq, hqq, awq, smoothquant, autoround, or a chain such as awq+gptq or gptq+autoround."),
+        typer.Option(metavar="CHAIN", help="rtn, gptq, hqq, awq, smoothquant, autoround, llm_int8, or a chain: awq+gptq, gptq+autoround."),
     ] = "rtn",
     group_size: Annotated[
         int | None, typer.Option(metavar="SIZE", help="Weights that share a scale, in place of the scheme's.", min=1)

@@ -119,6 +119,11 @@ def _gptq_needs(settings: WalkSettings) -> Needs:
     return Needs(inputs=True, hessian=True, cross=settings.gptq.compensation > 0)
 
 
+def _gptaq_settings(settings: WalkSettings) -> WalkSettings:
+    """GPTAQ is GPTQ with full compensation, unless the settings name a share of their own."""
+    return settings if settings.gptq.compensation else replace(settings, gptq=replace(settings.gptq, compensation=1.0))
+
+
 def _gptq(weights: Sequence[torch.Tensor], spec: QuantSpec, statistics: InputStatistics | None, settings: WalkSettings) -> list[Rounded]:
     assert statistics is not None
     rounded = []
@@ -132,10 +137,23 @@ def _hqq(weights: Sequence[torch.Tensor], spec: QuantSpec, statistics: InputStat
     return [Rounded(hqq(weight, spec), "hqq") for weight in weights]
 
 
+def _llm_int8(
+    weights: Sequence[torch.Tensor], spec: QuantSpec, statistics: InputStatistics | None, settings: WalkSettings
+) -> list[Rounded]:
+    """The weights are plain INT8: what the method does, it does to the inputs, at run time (scheme LLM-INT8)."""
+    return [Rounded(rtn(weight, spec), "llm_int8") for weight in weights]
+
+
+def _gptaq(weights: Sequence[torch.Tensor], spec: QuantSpec, statistics: InputStatistics | None, settings: WalkSettings) -> list[Rounded]:
+    return [replace(one, method="gptaq") for one in _gptq(weights, spec, statistics, _gptaq_settings(settings))]
+
+
 ROUNDING_STEPS: Mapping[str, RoundingStep] = {
     "rtn": RoundingStep(_rtn_needs, _rtn),
     "gptq": RoundingStep(_gptq_needs, _gptq),
+    "gptaq": RoundingStep(lambda settings: _gptq_needs(_gptaq_settings(settings)), _gptaq),
     "hqq": RoundingStep(lambda settings: Needs(), _hqq),
+    "llm_int8": RoundingStep(lambda settings: Needs(), _llm_int8),
 }
 
 
@@ -143,10 +161,10 @@ def retries(settings: WalkSettings) -> list[tuple[str, str, WalkSettings]]:
     """What is tried, in turn, for a layer that fails its check: (what, rounding, settings). The last resort is high precision."""
     rounding = settings.recipe.rounding
     tried = [("clip" if rounding == "rtn" and _clips(settings) else rounding, rounding, settings)]
-    if rounding == "gptq":
+    if rounding in ("gptq", "gptaq"):
         for times in (10, 100):
             stronger = replace(settings.gptq, dampening=settings.gptq.dampening * times)
-            tried.append((f"gptq with dampening {stronger.dampening:g}", "gptq", replace(settings, gptq=stronger)))
+            tried.append((f"{rounding} with dampening {stronger.dampening:g}", rounding, replace(settings, gptq=stronger)))
     if rounding != "rtn" or _clips(settings):
         tried.append(("rtn", "rtn", replace(settings, observer="mse")))
     return tried
@@ -177,7 +195,9 @@ def _smoothquant(
     weights: Sequence[torch.Tensor], scheme: Scheme, statistics: InputStatistics, settings: WalkSettings, channels: torch.Tensor | None
 ) -> Scaling:
     assert scheme.weights is not None and scheme.input_activations is not None
-    result = smoothquant_scales(weights, scheme.weights, scheme.input_activations, statistics, SmoothQuantSettings(), channels=channels)
+    fixed = settings.migration_strength
+    chosen = SmoothQuantSettings() if fixed is None else SmoothQuantSettings(strengths=(fixed,))
+    result = smoothquant_scales(weights, scheme.weights, scheme.input_activations, statistics, chosen, channels=channels)
     what = "smoothquant: left as it is" if result.strength is None else f"smoothquant: strength {result.strength:g}"
     return Scaling(result.scale, result.error_before, result.error_after, what)
 

@@ -1,14 +1,14 @@
 """Runs of a block that pause in front of a linear until it is rounded, and then go on with the rounded weight.
 
 True-sequential rounding needs a linear's inputs after everything in front of it was rounded. Running the block anew for each group of
-linears repeats the same work: 2.4 forward passes for Llama's four groups. Here every window's run is a greenlet (a function that can be left
-in the middle and entered again, in the same thread): all of them stop in front of the first group, give their inputs, wait while the group
-is rounded, and go on to the next one. At the end each gives the block's output, which is that of the quantized path. One pass in all.
+linears repeats the same work: 2.4 forward passes for Llama's four groups. Here every window's run is a greenlet (a function that can be
+left in the middle and entered again, in the same thread): all of them stop in front of the first group, give their inputs, wait while the
+group is rounded, and go on to the next one. At the end each gives the block's output, which is that of the quantized path. One pass in all.
 
 The price is memory: each paused run holds its intermediate tensors. `pending_bytes` says how many, for the caller to decide.
 
-A hook that is attached to the linear in front of which a run waits is not seen by this run: formats of activations cannot be
-added on the way.
+A hook that is attached to the linear in front of which a run waits is not seen by this run: formats of activations are attached beforehand
+and switched on on the way (`InputFormats.prepare` in `walk.block`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A method is written as a chain, `transform + rounding + tuning`, each part optional:
 
-    rtn, gptq, hqq              how numbers are rounded
+    rtn, gptq, gptaq, hqq, llm_int8    how numbers are rounded
     awq, smoothquant            a scale per channel moved between layers before rounding: awq+gptq
     autoround                   rounding learned by reconstructing the block's output afterwards: gptq+autoround
 
@@ -41,7 +41,9 @@ TRANSFORMS: Mapping[str, str] = {
 ROUNDINGS: Mapping[str, str] = {
     "rtn": "to nearest, no calibration",
     "gptq": "columns one after the other, later ones make up for earlier ones",
+    "gptaq": "GPTQ that also makes up for the error of the layers in front",
     "hqq": "half-quadratic splitting, no calibration",
+    "llm_int8": "INT8 to nearest; input columns with outliers run in 16 bit",
 }
 TUNINGS: Mapping[str, str] = {"autoround": "rounding learned by reconstructing each block's output"}
 
@@ -66,7 +68,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether the inputs of the linears must be known."""
-        return self.transform is not None or self.tuning is not None or self.rounding == "gptq"
+        return self.transform is not None or self.tuning is not None or self.rounding in ("gptq", "gptaq")
 
     @classmethod
     def parse(cls, text: str) -> Recipe:

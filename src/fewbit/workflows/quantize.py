@@ -37,7 +37,7 @@ from fewbit.walk.skeleton import Skeleton
 from fewbit.walk.walk import ProgressCallback, Walk, WalkOutcome
 from fewbit.workflows.environment import environment
 from fewbit.workflows.quantize_files import RECIPE_NAME, TensorTotals, write_companions, write_weights
-from fewbit.workflows.quantize_plan import QuantizePlan, check_kept, check_method, plan_linears, resolve_scheme
+from fewbit.workflows.quantize_plan import QuantizePlan, check_kept, check_method, plan_linears, resolve_scheme, scheme_of_method
 
 __all__ = ["quantize_model"]
 
@@ -83,7 +83,7 @@ def quantize_model(
     started = time.monotonic()
     settings = settings or WalkSettings()
     settings = settings if method is None else replace(settings, method=method)
-    resolved = resolve_scheme(scheme, group_size)
+    resolved = scheme_of_method(settings, resolve_scheme(scheme, group_size))
     check_method(settings, resolved)
     source = open_source(model)
     plan = plan_linears(source, resolved, tuple(ignore))
@@ -261,7 +261,7 @@ def _result(
         settings=facts,
         layers=outcome.layers,
         blocks=outcome.blocks,
-        notes=outcome.notes,
+        notes=[*plan.notes, *outcome.notes],
     )
 
 
@@ -270,6 +270,6 @@ def _bits(layers: Sequence[LayerReport]) -> float:
 
 
 def _observer_text(settings: WalkSettings) -> str:
-    if settings.recipe.rounding == "gptq":
+    if settings.recipe.rounding in ("gptq", "gptaq"):
         return settings.gptq.observer
     return settings.observer or ("output error" if settings.recipe.transform == "awq" else "minmax")

@@ -13,18 +13,18 @@ from pathlib import Path
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fewbit.checkpoints.compressed_tensors import supports
+from fewbit.checkpoints.compressed_tensors import layout_format, supports
 from fewbit.checkpoints.sources import TensorSource
 from fewbit.errors import FormatError, UnsupportedModelError, UsageError
 from fewbit.formats.grouping import scale_shape
 from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
-from fewbit.models.experts import is_router
+from fewbit.models.experts import expert_lists, is_router
 from fewbit.models.names import DiskNames, disk_names
 from fewbit.models.structure import build_empty_model, is_ignored
 from fewbit.walk.settings import WalkSettings
 from fewbit.walk.skeleton import check_values
 
-__all__ = ["QuantizePlan", "check_kept", "check_method", "plan_linears", "resolve_scheme"]
+__all__ = ["QuantizePlan", "check_kept", "check_method", "plan_linears", "resolve_scheme", "scheme_of_method"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class QuantizePlan:
         targets: dotted names of the linears to quantize, as the model calls them, with their shapes [out, in].
         names: how they are called on disk.
         ignored: linears that stay in high precision, as the model and, where that differs, as the disk calls them; those that transformers
-            does not build (extra heads) included.
+            does not build (extra heads) and routers included.
+        notes: what is known beforehand to be out of the ordinary.
     """
 
     directory: Path
     targets: Mapping[str, tuple[int, int]]
     names: DiskNames
     ignored: list[str]
+    notes: list[str]
 
 
 def resolve_scheme(scheme: str | Scheme, group_size: int | None) -> Scheme:
@@ -74,6 +76,22 @@ def resolve_scheme(scheme: str | Scheme, group_size: int | None) -> Scheme:
     return replace(regrouped, name=next(presets, f"{base}-G{group_size}"))
 
 
+def scheme_of_method(settings: WalkSettings, scheme: Scheme) -> Scheme:
+    """LLM.int8() is a format of the inputs: named as a method, it turns INT8 schemes into the one that has it.
+
+    Raises:
+        UsageError: weights that are not INT8 per channel.
+    """
+    if settings.recipe.rounding != "llm_int8":
+        return scheme
+    wanted = resolve_scheme("LLM-INT8", None)
+    if scheme.weights != wanted.weights or settings.recipe.text != "llm_int8":
+        raise UsageError(
+            f"llm_int8 needs INT8 weights per channel and goes with no other method, not {scheme.name}", "choose W8A8 or LLM-INT8"
+        )
+    return wanted
+
+
 def check_method(settings: WalkSettings, scheme: Scheme) -> None:
     """Whether the chain of methods can make this scheme.
 
@@ -86,11 +104,16 @@ def check_method(settings: WalkSettings, scheme: Scheme) -> None:
             f"smoothquant moves outliers out of quantized activations, and {scheme.name} leaves activations in high precision",
             "choose W8A8 or another scheme with input activations, or awq for weight-only schemes",
         )
+    if scheme.input_activations is not None and not scheme.input_activations.dynamic and not recipe.calibrated:
+        raise UsageError(
+            f"{scheme.name} has static scales of activations, and {recipe.text} looks at none",
+            "choose smoothquant, gptq or smoothquant+gptq, or a scheme with dynamic activations",
+        )
     if recipe.rounding == "hqq" and (scheme.weights is None or scheme.weights.type != "int"):
         raise UsageError(
             f"hqq chooses scales and zero points of integers, and {scheme.name} has none", "choose rtn or gptq for this scheme"
         )
-    if recipe.rounding == "gptq" and settings.gptq.actorder == "dynamic":
+    if recipe.rounding in ("gptq", "gptaq") and settings.gptq.actorder == "dynamic":
         raise UsageError(
             "the column order 'dynamic' needs a group index per column, which this layout does not store", "choose static or none"
         )
@@ -144,9 +167,40 @@ def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str]) ->
             f"'{source.describe()}' has no tensor '{missing}'", "a shard is missing, or the weights belong to another configuration"
         )
     left_out = [name for name in linears if name not in targets]
+    left_out += [name for name, _ in empty.named_modules() if is_router(name) and name not in linears]
     left_out += [names.prefix(name) for name in left_out if names.prefix(name) != name]
     left_out += [name.removesuffix(".weight") for name in names.unknown if name.endswith(".weight")]
-    return QuantizePlan(source.directory, targets, names, left_out)
+    return QuantizePlan(source.directory, targets, names, left_out, _notes(empty, scheme))
+
+
+def _notes(model: nn.Module, scheme: Scheme) -> list[str]:
+    """What a mixture of experts means for this scheme."""
+    stacked = [(name, p.numel()) for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in f".{name}"]
+    notes = []
+    if stacked:
+        notes.append(
+            f"the experts stay in high precision: {sum(n for _, n in stacked):,} parameters in stacked tensors of a kind that is not known "
+            f"({stacked[0][0]}, ...)"
+        )
+    reason = _unread_experts(scheme) if any(expert_lists(model)) else ""
+    return [*notes, reason] if reason else notes
+
+
+def _unread_experts(scheme: Scheme) -> str:
+    """Why transformers 5 does not read experts in this format, though it reads dense layers; empty when it does."""
+    spec, layout = scheme.weights, layout_format(scheme)
+    assert spec is not None
+    if layout == "nvfp4-pack-quantized":
+        return (
+            "transformers up to 5.23 loads NVFP4 experts without their global scale and without an error: do not use it for this checkpoint"
+        )
+    if layout == "int-quantized" or not spec.symmetric or spec.strategy == "block":
+        return "transformers up to 5.23 cannot load experts in this format, only symmetric packed ones and plain FP8"
+    if scheme.input_activations is not None:
+        return (
+            "transformers up to 5.23 loads the experts but does not quantize their inputs: its outputs are not those of a runtime that does"
+        )
+    return ""
 
 
 def check_kept(source: TensorSource, plan: QuantizePlan) -> None:
