@@ -7,8 +7,10 @@ The model with outliers computes what it did before; in BF16 and with quantized 
 its perplexity rises far beyond the threshold of 5 %, and SmoothQuant brings it back. Everything goes through the public workflow: the
 checkpoint that `fewbit quantize --method smoothquant` writes is read again and run on the kernel that serves W8A8.
 
-The sweep quantizes the model once for each migration strength from 0 (activations as they are) to 1 (activations flat, weights with all
-the outliers) and draws the increase of perplexity, beside the strength searched for each group of linears, into `sweep.svg`.
+The sweep quantizes the model once for each migration strength from 0 (columns of the weights equally large) to 1 (channels of the
+activations equally large) and draws the increase of perplexity, beside the strength searched for each group of linears, into `sweep.svg`.
+Outliers that are put in by hand have their exact inverse in the weights, so that flattening either side removes them: the curve is
+flatter than a large model's, where outliers were learned.
 """
 
 from __future__ import annotations
@@ -149,12 +151,10 @@ def draw(points: list[Point], naive: Point, searched: Point) -> str:
         axes.set_yscale("symlog", linthresh=1.0)
         axes.fill_between(strengths, [p.low for p in points], [p.high for p in points], color=UNFUSED, alpha=0.2, linewidth=0)
         axes.plot(strengths, [p.percent for p in points], color=UNFUSED, linewidth=1.4, marker="o", markersize=3.5)
-        ends = {"naive W8A8": (naive.percent, BAD), "searched for each group": (searched.percent, FUSED)}
-        for label, (value, colour) in ends.items():
-            axes.axhline(value, color=colour, linewidth=1.2)
-            axes.annotate(
-                f"{label}: {value:.2g} %", (1.0, value), (0, 3), textcoords="offset points", color=colour, ha="right", fontsize=8.5
-            )
+        for label, point, colour, offset in (("naive W8A8", naive, BAD, 3), ("searched for each group", searched, FUSED, -12)):
+            axes.axhline(point.percent, color=colour, linewidth=1.2)
+            text = f"{label}: {point.percent:.2g} %"
+            axes.annotate(text, (1.0, point.percent), (0, offset), textcoords="offset points", color=colour, ha="right", fontsize=8.5)
         axes.axhline(THRESHOLD, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.annotate("threshold: 5 %", (0.0, THRESHOLD), (0, 3), textcoords="offset points", color=MUTED, fontsize=8.5)
         top = max(naive.percent, *(point.percent for point in points))

@@ -4,7 +4,7 @@ A few channels of a large model's activations are a hundred times larger than th
 whole tensor) they leave the others a few integer steps; the weights, with one scale per output row, have no such columns. So the input
 channels are divided by s and the weights' columns multiplied (`methods.folding`):
 
-    s_k = max|x_k|^a / max|W_k|^(1 - a)               a: migration strength; 0 leaves the activations, 1 flattens them entirely
+    s_k = max|x_k|^a / max|W_k|^(1 - a)               a: migration strength, 0: weights flat, 1: activations flat
 
 The paper takes a = 0.5 for the whole model and searches it by hand for some. Here it is searched for each group of linears that share an
 input, against the very error that W8A8 will make of their outputs on a sample of the calibration tokens X [n, K]:
