@@ -54,7 +54,7 @@ BEST_SPECS = ("w4g128", "w3g128")
 SEEDS = (0, 1, 2)
 THRESHOLD = 0.95
 # Named beforehand: taking the better of several on the very windows that are scored would flatter us.
-BEST_METHOD = "gptq+autoround"
+BEST_METHOD = "gptaq"
 # (peer, method) of the two head-to-head bars, and all that `best` is compared with.
 HEAD_TO_HEAD = {"gptq": ("llmcompressor", "gptq"), "awq": ("llmcompressor", "awq")}
 CONTENDERS = (
