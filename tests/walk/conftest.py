@@ -65,7 +65,7 @@ ZOO: dict[str, PretrainedConfig] = {
 
 @pytest.fixture(scope="session")
 def zoo_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Callable[[str], Path]:
-    """The directory of one architecture's tiny model with a tokenizer of 512 bytes and pairs, written once. Copy it before you change it."""
+    """The directory of one architecture's tiny model with a tokenizer, written once. Copy it before you change it."""
     written: dict[str, Path] = {}
 
     def directory(name: str) -> Path:
