@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
 from fewbit.checkpoints.sources import open_source
@@ -146,3 +146,26 @@ def test_transformers_reads_the_experts(name: str, scheme: str, tiny_llama_dir: 
     ids = torch.arange(16)[None]
     with torch.no_grad():
         assert torch.equal(ours(ids, use_cache=False).logits, theirs(ids, use_cache=False).logits)
+
+
+def test_what_transformers_does_not_read_is_said(tiny_llama_dir: Path, ungated: WalkSettings, tmp_path: Path) -> None:
+    source = write_mixture("mixtral", tmp_path / "source", tiny_llama_dir)
+    fp4 = quantize_model(source, scheme="NVFP4", out=tmp_path / "nvfp4", settings=ungated)
+    assert any("without their global scale" in note for note in fp4.notes)
+    assert "without their global scale" in (tmp_path / "nvfp4" / "README.md").read_text(encoding="utf-8")
+    w8a8 = quantize_model(source, scheme="W8A8", out=tmp_path / "w8a8", settings=ungated)
+    assert any("cannot load experts" in note for note in w8a8.notes)
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "w8a8", dtype=torch.bfloat16)
+    routers = ["model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate"]
+    assert set(routers) <= set(w8a8.ignored_linears)
+
+
+def test_experts_of_another_kind_stay_in_high_precision_and_it_is_said(tiny_llama_dir: Path, ungated: WalkSettings, tmp_path: Path) -> None:
+    config = GptOssConfig(**{**_SIZES, "vocab_size": 512, "head_dim": 8, "num_hidden_layers": 1}, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    for file in tiny_llama_dir.glob("tokenizer*"):
+        (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
+    result = quantize_model(tmp_path / "source", scheme="W4A16-G32", out=tmp_path / "out", settings=ungated)
+    assert result.quantized_linears == 4 and any("experts stay in high precision" in note for note in result.notes)
+    assert result.effective_bits_per_parameter > 14

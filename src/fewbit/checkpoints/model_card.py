@@ -49,6 +49,7 @@ def model_card(
         *_table(_facts(result)),
         "",
         *(_quality(quality) if quality else _gate(result.gate)),
+        *(["## Notes", "", *(f"- {note}" for note in result.notes), ""] if result.notes else []),
         "## Load it",
         "",
         "```python",
