@@ -13,7 +13,7 @@ it starts from the first:
    with Muon (Jordan et al. 2024) for matrices and AdamW for embedding, norms and biases. Biases learn ten times faster than the norms, so
    that they reach a size at which a method that forgets them fails.
 
-About 25 minutes on one CPU core, in FP32; rounded to BF16 once, at the end. Every figure in the card is measured on the rounded weights:
+About 25 minutes of one CPU core, in FP32; rounded to BF16 once, at the end. Every figure in the card is measured on the rounded weights:
 
     python scripts/make_second_model.py --out benchmarks/models/stdlib-qwen2
 
@@ -34,9 +34,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 from train_reference_model import LENGTH, sample, windows
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from fewbit.corpora.stdlib import stdlib_documents
 from fewbit.models.reference import reference_model_dir
@@ -233,6 +242,11 @@ def cut_windows(stream: torch.Tensor, length: int, count: int) -> torch.Tensor:
     return torch.stack([stream[i * stride : i * stride + length + 1] for i in range(count)])
 
 
+def joined(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
+    """int64: all documents, an end-of-text token before each."""
+    return torch.tensor([token for encoding in tokenizer.encode_batch(documents) for token in (0, *encoding.ids)])
+
+
 def write_model(out: Path, student: Qwen2ForCausalLM) -> None:
     weights = {n: t.detach().to(torch.bfloat16).contiguous() for n, t in student.state_dict().items() if n != "lm_head.weight"}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -265,7 +279,7 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(reference_model_dir()).backend_tokenizer
     train_text, held_out_text = ([text for _, text in stdlib_documents(split)] for split in ("train", "held-out"))
     ids = [encoding.ids for encoding in tokenizer.encode_batch(train_text)]
-    held_out = torch.tensor([t for encoding in tokenizer.encode_batch(held_out_text) for t in (0, *encoding.ids)])
+    held_out = joined(tokenizer, held_out_text)
 
     teacher = LlamaForCausalLM.from_pretrained(reference_model_dir(), dtype=torch.float32).eval().requires_grad_(False)
     probe = cut_windows(torch.tensor([t for document in ids for t in (0, *document)]), LENGTH, 16)
@@ -274,6 +288,9 @@ def main() -> None:
     write_model(args.out, student)
 
     rounded = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
+    # transformers reads the tokenizer of every Qwen2 with Qwen2's split, digits one by one: what users get is what is measured.
+    tokenizer = AutoTokenizer.from_pretrained(args.out).backend_tokenizer
+    held_out = joined(tokenizer, held_out_text)
     text_bytes = sum(len(text.encode()) for text in held_out_text)
     nats = loss_over(rounded, cut_windows(held_out, 2 * LENGTH, 10_000))
     prompts = ["def read_config(path):\n    ", "class Stack:\n    def __init__(self"]
