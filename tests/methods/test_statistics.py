@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fewbit.errors import FormatError
+from fewbit.methods import statistics
 from fewbit.methods.statistics import InputStatistics
 
 
@@ -33,6 +34,18 @@ def test_the_sample_is_drawn_evenly_whatever_the_batches(batch: int) -> None:
     x = torch.arange(100.0)[:, None].repeat(1, 3)
     rows = gathered(x, x, batch).sample[:, 0].tolist()
     assert rows == list(range(0, 100, 8))
+
+
+def test_wide_inputs_are_added_up_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_BLOCK_COLUMNS", 5)
+    x = torch.randn(40, 12)
+    s = InputStatistics(12, hessian=True)
+    s.update(x[:30])
+    torch.testing.assert_close(s.hessian, x[:30].T @ x[:30] / 30)
+    s.update(x[30:])  # after the upper half was read once
+    torch.testing.assert_close(s.moments, x.T @ x)
+    torch.testing.assert_close(s.scaled(torch.full((12,), 2.0)).moments, x.T @ x / 4)
+    torch.testing.assert_close(InputStatistics.pooled([s, s]).moments, 2 * x.T @ x)
 
 
 def test_scaled_statistics_are_those_of_the_scaled_input() -> None:

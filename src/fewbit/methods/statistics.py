@@ -22,6 +22,8 @@ from fewbit.errors import FormatError
 
 __all__ = ["InputStatistics"]
 
+_BLOCK_COLUMNS = 1024
+
 
 class InputStatistics:
     """Statistics of the inputs of one linear, or of several that share their input.
@@ -46,6 +48,7 @@ class InputStatistics:
         self._abs_sum = torch.zeros(columns, dtype=torch.float64, device=device)
         self._max_abs = torch.zeros(columns, device=device)
         self._sample_tokens = sample_tokens
+        self._upper_is_old = False
         self._stride = 1
         self._rows: list[torch.Tensor] = []
 
@@ -71,7 +74,7 @@ class InputStatistics:
                 "a calibration input has NaN or infinite values", "the model overflows on this text: use a wider working precision"
             )
         if self._hessian is not None:
-            self._hessian.addmm_(rows.T, rows)
+            self._add_lower(rows)
         if self._cross is not None:
             if reference is None:
                 raise FormatError("cross moments need the inputs of the reference path, too")
@@ -81,6 +84,23 @@ class InputStatistics:
         torch.maximum(self._max_abs, largest, out=self._max_abs)
         self._keep(rows)
         self.tokens += rows.shape[0]
+
+    def _add_lower(self, rows: torch.Tensor) -> None:
+        """x x^T is symmetric: only blocks on and below the diagonal are added up, which is nearly half the work where K is large."""
+        assert self._hessian is not None
+        for start in range(0, self.columns, _BLOCK_COLUMNS):
+            stop = min(start + _BLOCK_COLUMNS, self.columns)
+            self._hessian[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+        self._upper_is_old = self.columns > _BLOCK_COLUMNS
+
+    def _whole(self) -> torch.Tensor | None:
+        """The sums of x x^T with the blocks above the diagonal brought up to date."""
+        if self._hessian is not None and self._upper_is_old:
+            for start in range(0, self.columns, _BLOCK_COLUMNS):
+                stop = min(start + _BLOCK_COLUMNS, self.columns)
+                self._hessian[:start, start:stop] = self._hessian[start:stop, :start].T
+            self._upper_is_old = False
+        return self._hessian
 
     def _keep(self, rows: torch.Tensor) -> None:
         """Every `_stride`-th token of the whole stream; when there are too many, every second one of them."""
@@ -95,12 +115,13 @@ class InputStatistics:
     @property
     def hessian(self) -> torch.Tensor | None:
         """H [K, K], float32, a new tensor; None when it is not kept."""
-        return None if self._hessian is None else self._hessian / max(self.tokens, 1)
+        whole = self._whole()
+        return None if whole is None else whole / max(self.tokens, 1)
 
     @property
     def moments(self) -> torch.Tensor | None:
         """Sum over tokens of x x^T, [K, K], float32: the statistics' own tensor, not to be changed; None when it is not kept."""
-        return self._hessian
+        return self._whole()
 
     @property
     def cross_moments(self) -> torch.Tensor | None:
@@ -153,7 +174,7 @@ class InputStatistics:
             device=str(first._max_abs.device),
         )
         for part in parts:
-            for whole, added in ((result._hessian, part._hessian), (result._cross, part._cross)):
+            for whole, added in ((result._hessian, part._whole()), (result._cross, part._cross)):
                 if whole is not None and added is not None:
                     whole += added
             result.tokens += part.tokens
@@ -175,7 +196,8 @@ class InputStatistics:
         inverse = 1.0 / scale.float()
         outer = torch.outer(inverse, inverse)
         result.tokens, result._stride = self.tokens, self._stride
-        result._hessian = None if self._hessian is None else self._hessian * outer
+        whole = self._whole()
+        result._hessian = None if whole is None else whole * outer
         result._cross = None if self._cross is None else self._cross * outer
         result._square_sum = self._square_sum * inverse.double().square()
         result._abs_sum = self._abs_sum * inverse.double()
