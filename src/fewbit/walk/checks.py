@@ -79,20 +79,26 @@ def check_layer(weight: torch.Tensor, q: QuantizedTensor, tokens: torch.Tensor |
     """
     bounds = limits(q.spec.num_bits)
     saturated = saturated_share(q)
-    approximation = dequantize(q)
-    if not bool(torch.isfinite(approximation).all()):
+    if not _finite(q):
         return LayerCheck("the weight is not finite", None, saturated)
     if saturated > bounds.saturated_share:
-        return LayerCheck(
-            f"{saturated:.0%} of the codes stand at the ends of the grid (limit {bounds.saturated_share:.0%})", None, saturated
-        )
+        failure = f"{saturated:.0%} of the codes stand at the ends of the grid (limit {bounds.saturated_share:.0%})"
+        return LayerCheck(failure, None, saturated)
     if tokens is None or not len(tokens):
         return LayerCheck("", None, saturated)
+    approximation = dequantize(q)
     exact = tokens @ weight.float().T
     difference = tokens @ approximation.sub_(weight.float()).T
     error = _ratio(difference, exact)
     failure = _failure(exact, difference, error, bounds, rtn_error)
     return LayerCheck(failure, error, saturated)
+
+
+def _finite(q: QuantizedTensor) -> bool:
+    """Whether the weight that `q` stands for is finite, as far as its scales and codes tell: without dequantizing it."""
+    parts = [part for part in (q.scale, q.global_scale, q.codebook) if part is not None and part.is_floating_point()]
+    parts += [q.values] if q.values.is_floating_point() else []
+    return all(bool(part.float().isfinite().all()) for part in parts)
 
 
 def _failure(exact: torch.Tensor, difference: torch.Tensor, error: float, bounds: Limits, rtn_error: float | None) -> str:
