@@ -157,6 +157,10 @@ def test_what_transformers_does_not_read_is_said(tiny_llama_dir: Path, ungated: 
     assert any("cannot load experts" in note for note in w8a8.notes)
     with pytest.raises(RuntimeError):
         AutoModelForCausalLM.from_pretrained(tmp_path / "w8a8", dtype=torch.bfloat16)
+    some = quantize_model(
+        source, scheme="W4A16-G32", out=tmp_path / "some", settings=ungated, ignore=("lm_head", "model.layers.0.mlp.experts.3.*")
+    )
+    assert some.quantized_linears == w8a8.quantized_linears - 3 and any("only some experts of 1 mixtures" in note for note in some.notes)
     routers = ["model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate"]
     assert set(routers) <= set(w8a8.ignored_linears)
 
@@ -169,3 +173,20 @@ def test_experts_of_another_kind_stay_in_high_precision_and_it_is_said(tiny_llam
     result = quantize_model(tmp_path / "source", scheme="W4A16-G32", out=tmp_path / "out", settings=ungated)
     assert result.quantized_linears == 4 and any("experts stay in high precision" in note for note in result.notes)
     assert result.effective_bits_per_parameter > 14
+
+
+def test_an_interrupted_walk_goes_on_with_the_same_bytes(tiny_llama_dir: Path, small: WalkSettings, tmp_path: Path) -> None:
+    """Names of the disk, lent tokens and the report of the experts survive in what was kept of the first block."""
+    source = write_mixture("mixtral", tmp_path / "source", tiny_llama_dir)
+    whole = quantize_model(source, scheme="W4A16-G32", method="gptq", out=tmp_path / "whole", settings=small)
+
+    def interrupt(done: int, *_: object) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(source, scheme="W4A16-G32", method="gptq", out=tmp_path / "parts", settings=small, progress=interrupt)
+    resumed = quantize_model(source, scheme="W4A16-G32", method="gptq", out=tmp_path / "parts", settings=small)
+    assert [walked.resumed for walked in resumed.blocks] == [True, False]
+    assert [walked.experts for walked in resumed.blocks] == [walked.experts for walked in whole.blocks]
+    assert SafetensorsFiles(tmp_path / "whole").sha256() == SafetensorsFiles(tmp_path / "parts").sha256()

@@ -238,6 +238,7 @@ def _result(
     back = {disk: name for name, disk in plan.names.single.items()}
     model_names = [back.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in fallen_back]
     weights = sum(layer.rows * layer.columns for layer in quantized)
+    ignored = list(dict.fromkeys([*plan.ignored, *fallen_back, *model_names]))
     return QuantizeResult(
         model=source.describe(),
         out=out,
@@ -249,7 +250,7 @@ def _result(
         layout=_LAYOUT,
         layout_format=layout_format(scheme),
         quantized_linears=len(quantized),
-        ignored_linears=list(dict.fromkeys([*plan.ignored, *fallen_back, *model_names])),
+        ignored_linears=ignored,
         kept_tensors=totals.kept,
         parameters=totals.parameters,
         quantized_parameters=weights,
@@ -261,8 +262,17 @@ def _result(
         settings=facts,
         layers=outcome.layers,
         blocks=outcome.blocks,
-        notes=[*plan.notes, *outcome.notes],
+        notes=[*plan.notes, *outcome.notes, *_mixed_experts([layer.name for layer in quantized], ignored)],
     )
+
+
+def _mixed_experts(quantized: Sequence[str], ignored: Sequence[str]) -> list[str]:
+    """Mixtures of which only some experts are quantized."""
+    in_part = {name.partition(".experts.")[0] for name in quantized if ".experts." in name}
+    mixed = sorted(in_part & {name.partition(".experts.")[0] for name in ignored if ".experts." in name})
+    if not mixed:
+        return []
+    return [f"only some experts of {len(mixed)} mixtures are quantized ({mixed[0]}, ...): runtimes that run them as one cannot load that"]
 
 
 def _bits(layers: Sequence[LayerReport]) -> float:
