@@ -1,8 +1,8 @@
 """AutoRound's side: its default of 200 iterations per block, on the job's windows in place of its own data set.
 
-Methods:
+The method:
+
     autoround   AutoRound(...) with its defaults: 200 iterations, batches of 8, learning rate 1/200, tuned minmax.
-    rtn         the same with no iterations.
 
 torch.compile is off: it changes no number, and compiling for each shape of block costs more than it saves on small models.
 The defaults for the data are 128 samples of 2,048 tokens; here the samples are the job's windows. Integers are recovered from the
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 def _tuner(job: Job, model: torch.nn.Module) -> Any:
     ids = job.calibration()
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
-    if job.method not in ("autoround", "rtn"):
+    if job.method != "autoround":
         raise ValueError(f"unknown method {job.method}")
     return AutoRound(
         model,
@@ -37,7 +37,6 @@ def _tuner(job: Job, model: torch.nn.Module) -> Any:
         seed=job.seed + 42,  # 42 is its default
         device_map="cpu",
         enable_torch_compile=False,
-        **({"iters": 0} if job.method == "rtn" else {}),
         **job.options,
     )
 

@@ -42,7 +42,6 @@ def quantize(job: Job) -> Export:
     seconds = time.perf_counter() - started
     if not job.export:
         return Export({}, 0, 0, seconds)
-    logits = logits_of(model, job) if job.verify else None
     tensors, bits, parameters = {}, 0, 0
     for name in names:
         layer = model.get_submodule(name)
@@ -52,6 +51,7 @@ def quantize(job: Job) -> Export:
         size = tensors[f"{name}.weight"].numel()
         parameters += size
         bits += size * job.num_bits + 8 * (layer.meta["scale"].nbytes + layer.meta["zero"].nbytes)
+    logits = logits_of(model.to(torch.bfloat16), job) if job.verify else None  # the layers compute in BF16 only
     notes = ["affine with floating-point zero points: more bits per weight than the symmetric formats at the same width"]
     return Export(tensors, bits, parameters, seconds, logits, notes)
 
