@@ -82,8 +82,8 @@ def check_matrix(weight: torch.Tensor, spec: QuantSpec) -> None:
             f"cannot quantize a {weight.dtype} tensor of shape {list(weight.shape)}", "give a non-empty 2-D floating-point tensor [out, in]"
         )
     scale_shape(spec, weight.shape[0], weight.shape[1])
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
+    # The sum is finite only if all are; one that overflows decides nothing. It takes a fifth of the time of a mask.
+    if not bool(weight.sum().isfinite()) and not bool((finite := torch.isfinite(weight)).all()):
         bad = (~finite).nonzero()
         row, column = (int(i) for i in bad[0])
         found = float(weight[row, column])

@@ -197,8 +197,18 @@ def _targets(weights: Sequence[torch.Tensor], statistics: InputStatistics, facto
         half = torch.linalg.solve_triangular(factor.unit, wanted, upper=False, unitriangular=True)
         half /= factor.variance[:, None]
         shift = torch.linalg.solve_triangular(factor.unit.mT, half, upper=True, unitriangular=True)
-        return stacked.T[factor.backwards].add_(shift)
-    return stacked.T[factor.backwards]
+        return _backwards(stacked, factor).add_(shift)
+    return _backwards(stacked, factor)
+
+
+def _backwards(stacked: torch.Tensor, factor: _Factor) -> torch.Tensor:
+    """[rows, K] -> [K, rows] in the order of the factor. Columns are gathered within rows first: the transposed gather takes far longer."""
+    return stacked.index_select(1, factor.backwards).T.contiguous()
+
+
+def _forwards(targets: torch.Tensor, rows: slice, inverse: torch.Tensor) -> torch.Tensor:
+    """Some rows of the weights again, [rows, K], columns where they were."""
+    return targets[:, rows].T.contiguous().index_select(1, inverse)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rounding
@@ -280,7 +290,7 @@ def _round_static(
     slices = _row_slices(weights)
     chosen: list[_Scales] = []
     for weight, rows in zip(weights, slices, strict=True):
-        wanted = targets[:, rows].T[:, inverse] if settings.compensation else weight
+        wanted = _forwards(targets, rows, inverse) if settings.compensation else weight
         chosen.append(compute_scales(wanted, spec, observer=settings.observer, importance=importance))
 
     width = {"group": spec.group_size, "block": (spec.block_shape or (1, columns))[1]}.get(spec.strategy) or columns
@@ -297,7 +307,7 @@ def _round_static(
     del errors
     results = []
     for rows, (scale, zero_point, global_scale) in zip(slices, chosen, strict=True):
-        rounded = targets[:, rows].T[:, inverse]
+        rounded = _forwards(targets, rows, inverse)
         quantized = quantize(rounded, spec, scale=scale, zero_point=zero_point, global_scale=global_scale)
         results.append(GPTQResult(quantized, factor.dampening, factor.dead, float(grid.objective[rows].sum())))
     return results
@@ -326,7 +336,7 @@ def _round_dynamic(
     zeros = None if spec.symmetric else torch.cat([zero for _, zero in chosen if zero is not None], dim=1)
     results = []
     for rows in _row_slices(weights):
-        rounded = targets[:, rows].T[:, inverse]
+        rounded = _forwards(targets, rows, inverse)
         quantized = quantize(rounded, spec, scale=scales[rows], zero_point=None if zeros is None else zeros[rows], g_idx=g_idx)
         results.append(GPTQResult(quantized, factor.dampening, factor.dead, float(grid.objective[rows].sum())))
     return results

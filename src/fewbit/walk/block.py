@@ -46,7 +46,7 @@ from fewbit.walk.tuning import tune
 
 __all__ = ["BlockResult", "BlockTask", "InputFormats", "quantize_block", "round_alone"]
 
-_CHECK_TOKENS = 1024  # held-back tokens on which a layer's outputs are compared
+_CHECK_TOKENS = 256  # held-back tokens on which a layer's outputs are compared
 _STAGE_BYTES = 2**30  # moments gathered in one run over a mixture; more experts take more runs, and the same numbers come out
 HIGH_PRECISION = "high precision"
 
