@@ -162,3 +162,14 @@ def test_paused_runs_and_repeated_runs_give_the_same_bytes(
     quantize_model(zoo_dir(name), scheme=scheme, out=tmp_path / "repeated", settings=settings)
     assert SafetensorsFiles(tmp_path / "paused").sha256() == SafetensorsFiles(tmp_path / "repeated").sha256()
     assert (tmp_path / "paused" / "fewbit_recipe.json").read_bytes() == (tmp_path / "repeated" / "fewbit_recipe.json").read_bytes()
+
+
+def test_weights_that_wait_packed_change_no_number(
+    zoo_dir: Callable[[str], Path], small: WalkSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a wide group is rounded, what is done is kept in few bits; here every group counts as wide."""
+    settings = replace(small, method="gptq", gptq=replace(small.gptq, compensation=0.5))
+    quantize_model(zoo_dir("llama"), scheme=SCHEME, out=tmp_path / "as_usual", settings=settings)
+    monkeypatch.setattr("fewbit.walk.block._WIDE_COLUMNS", 1)
+    quantize_model(zoo_dir("llama"), scheme=SCHEME, out=tmp_path / "parked", settings=settings)
+    assert SafetensorsFiles(tmp_path / "as_usual").sha256() == SafetensorsFiles(tmp_path / "parked").sha256()

@@ -48,6 +48,7 @@ __all__ = ["BlockResult", "BlockTask", "InputFormats", "quantize_block", "round_
 
 _CHECK_TOKENS = 256  # held-back tokens on which a layer's outputs are compared
 _STAGE_BYTES = 2**30  # moments gathered in one run over a mixture; more experts take more runs, and the same numbers come out
+_WIDE_COLUMNS = 8192  # of a group that is rounded while the weights that are done wait in their packed form
 HIGH_PRECISION = "high precision"
 
 
@@ -427,7 +428,8 @@ class _BlockWork:
             if not waiting:
                 break
             try:
-                rounded = self._attempt(rounding, waiting, statistics, settings)
+                with self._parked(group):
+                    rounded = self._attempt(rounding, waiting, statistics, settings)
             except FormatError as error:
                 for name in waiting:
                     notes[name].append(f"{what}: {error.problem}")
@@ -457,6 +459,21 @@ class _BlockWork:
                 self._settle(name, None, replace(report, tokens=statistics.tokens, rtn_error=baseline[name], notes=why))
             else:
                 self._settle(name, *settled[name])
+
+    @contextmanager
+    def _parked(self, group: Group) -> Iterator[None]:
+        """While a wide group is rounded, the linears that are done wait in their packed form: moments of 11,008 columns take as much
+        memory as they do, and a block must not need both at once."""
+        done = {name: q for name, q in self.result.quantized.items() if name not in group.names and group.columns >= _WIDE_COLUMNS}
+        for name in done:
+            weight = self.task.linears[name].weight
+            weight.data = torch.empty(0, dtype=weight.dtype)
+        try:
+            yield
+        finally:
+            for name, q in done.items():
+                weight = self.task.linears[name].weight
+                weight.data = dequantize(q, weight.dtype)
 
     def _tune(self, groups: Sequence[Group]) -> None:
         """Learn the rounding of the whole block; layers that fail their check afterwards take the whole block back."""
