@@ -58,8 +58,8 @@ class AWQSettings:
 
     grid_points: int = 20
     duo: bool = True
-    observer: Observer = "minmax"
-    most_rows: int = 2048
+    observer: Observer = "mse"
+    most_rows: int = 512
     sketch: int = 512
     seed: int = 0
 

@@ -111,9 +111,9 @@ class _Clipping:
             self.hessian = _believed(statistics, settings)
 
     def run(self) -> QuantizedTensor:
-        for _ in range(self.settings.sweeps if self.columns > self.size else 1):
+        for sweep in range(self.settings.sweeps if self.columns > self.size else 1):
             for group in range(self.columns // self.size):
-                self._visit(group)
+                self._visit(group, known=self.columns if sweep else group * self.size)
         stored = self.scales.to(round_scale(self.scales[:1].abs(), self.spec.scale_dtype).dtype)
         if self.zeros is not None:
             shifted = self.codes.view(self.rows, -1, self.size) + self.zeros.unsqueeze(-1)
@@ -122,13 +122,14 @@ class _Clipping:
             values = encode_values(self.codes, self.spec)
         return QuantizedTensor(values, stored, self.spec, self.zeros, None, self.global_scale)
 
-    def _visit(self, group: int) -> None:
-        """Choose the scale and the codes of one group in all rows, the others given."""
+    def _visit(self, group: int, known: int) -> None:
+        """Choose the scale and the codes of one group in all rows, given the errors of the first `known` columns."""
         columns = slice(group * self.size, (group + 1) * self.size)
         cross = None
-        if self.hessian is not None and self.columns > self.size:
+        if self.hessian is not None and known:
             own = self.hessian[columns, columns]
-            cross = torch.matmul(self.error, self.hessian[:, columns]).sub_(self.error[:, columns] @ own)  # c_g of (1), [rows, size]
+            # c_g of (1), [rows, size]; in the first sweep the group's own error is still zero
+            cross = torch.matmul(self.error[:, :known], self.hessian[:known, columns]).sub_(self.error[:, columns] @ own)
         candidates = self._starts()
         step = max(1, 2 * CHUNK_ELEMENTS // (self.size * len(candidates)))
         for first in range(0, self.rows, step):
