@@ -203,7 +203,7 @@ def _believed(statistics: InputStatistics, settings: ClipSettings) -> torch.Tens
         raise FormatError("clipping needs the second moments of the inputs", "gather statistics with hessian=True")
     share = settings.shrinkage
     if share is None:
-        share = 1.0 / (1.0 + statistics.tokens / 64)
+        share = 1.0 / (1.0 + statistics.tokens / 192)
     diagonal = hessian.diagonal().clone()
     hessian *= 1 - share
     hessian.diagonal().copy_(diagonal.clamp_min(1e-12 * float(diagonal.max()) + 1e-30))
