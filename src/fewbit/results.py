@@ -43,6 +43,7 @@ __all__ = [
     "PassedOverKernel",
     "ProtocolInfo",
     "QualityResult",
+    "QuantizeEstimate",
     "QuantizeResult",
     "SchemeKernel",
     "ShapesResult",
@@ -498,6 +499,24 @@ class GateResult:
     ids_sha256: str = ""
     windows: int = 0
     tokens: int = 0
+
+
+@dataclass(frozen=True, config=_FROZEN)
+class QuantizeEstimate:
+    """What a quantization will take, known before it begins; each with the range that runs have fallen into.
+
+    Attributes:
+        peak_memory_bytes: resident memory of the process. disk_bytes: on the output's disk, when most of it is taken.
+        duration_s: None when the machine was not measured.
+        memory_parts, disk_parts, duration_parts: what they are made of, in the same units.
+    """
+
+    peak_memory_bytes: Interval
+    disk_bytes: Interval
+    duration_s: Interval | None
+    memory_parts: dict[str, float]
+    disk_parts: dict[str, float]
+    duration_parts: dict[str, float]
 
 
 @dataclass(frozen=True, config=_FROZEN)

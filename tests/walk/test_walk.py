@@ -170,6 +170,6 @@ def test_weights_that_wait_packed_change_no_number(
     """While a wide group is rounded, what is done is kept in few bits; here every group counts as wide."""
     settings = replace(small, method="gptq", gptq=replace(small.gptq, compensation=0.5))
     quantize_model(zoo_dir("llama"), scheme=SCHEME, out=tmp_path / "as_usual", settings=settings)
-    monkeypatch.setattr("fewbit.walk.block._WIDE_COLUMNS", 1)
+    monkeypatch.setattr("fewbit.walk.block.WIDE_COLUMNS", 1)
     quantize_model(zoo_dir("llama"), scheme=SCHEME, out=tmp_path / "parked", settings=settings)
     assert SafetensorsFiles(tmp_path / "as_usual").sha256() == SafetensorsFiles(tmp_path / "parked").sha256()

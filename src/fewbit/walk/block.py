@@ -44,11 +44,11 @@ from fewbit.walk.paused import PausedRuns, pending_bytes
 from fewbit.walk.settings import WalkSettings
 from fewbit.walk.tuning import tune
 
-__all__ = ["BlockResult", "BlockTask", "InputFormats", "quantize_block", "round_alone"]
+__all__ = ["CHECK_TOKENS", "WIDE_COLUMNS", "BlockResult", "BlockTask", "InputFormats", "quantize_block", "round_alone"]
 
-_CHECK_TOKENS = 256  # held-back tokens on which a layer's outputs are compared
+CHECK_TOKENS = 256  # held-back tokens on which a layer's outputs are compared
 _STAGE_BYTES = 2**30  # moments gathered in one run over a mixture; more experts take more runs, and the same numbers come out
-_WIDE_COLUMNS = 8192  # of a group that is rounded while the weights that are done wait in their packed form
+WIDE_COLUMNS = 8192  # of a group that is rounded while the weights that are done wait in their packed form
 HIGH_PRECISION = "high precision"
 
 
@@ -292,7 +292,7 @@ class _BlockWork:
         first = {group.names[0]: group for group in groups}
         watched = {name: task.linears[name] for name in first}
         statistics = {group: needs[group].statistics(group.columns) for group in groups}
-        held = {group: InputStatistics(group.columns, sample_tokens=_CHECK_TOKENS) for group in groups}
+        held = {group: InputStatistics(group.columns, sample_tokens=CHECK_TOKENS) for group in groups}
         with_reference = task.reference is not None and any(need.cross for need in needs.values())
         for window in range(0 if fit else task.fitted, len(task.inputs)):
             into = statistics if window < task.fitted else held
@@ -397,7 +397,7 @@ class _BlockWork:
                 if needs.cross:
                     with self._as_it_was():
                         reference = dict(beside.inputs(group.names[0]))
-                statistics, held = needs.statistics(group.columns), InputStatistics(group.columns, sample_tokens=_CHECK_TOKENS)
+                statistics, held = needs.statistics(group.columns), InputStatistics(group.columns, sample_tokens=CHECK_TOKENS)
                 for window, x in runs.inputs(group.names[0]):
                     (statistics if window < task.fitted else held).update(x, reference.pop(window, None))
                 self._round_group(group, statistics, held.sample)
@@ -464,7 +464,7 @@ class _BlockWork:
     def _parked(self, group: Group) -> Iterator[None]:
         """While a wide group is rounded, the linears that are done wait in their packed form: moments of 11,008 columns take as much
         memory as they do, and a block must not need both at once."""
-        done = {name: q for name, q in self.result.quantized.items() if name not in group.names and group.columns >= _WIDE_COLUMNS}
+        done = {name: q for name, q in self.result.quantized.items() if name not in group.names and group.columns >= WIDE_COLUMNS}
         for name in done:
             weight = self.task.linears[name].weight
             weight.data = torch.empty(0, dtype=weight.dtype)
