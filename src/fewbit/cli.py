@@ -303,7 +303,7 @@ def quantize(
     json: JsonOption = False,
 ) -> None:
     """Make a checkpoint in the compressed-tensors layout; the same command goes on where it was interrupted."""
-    from fewbit.report.quantize_table import render_quantize
+    from fewbit.report.quantize_table import estimate_text, render_quantize
     from fewbit.walk.settings import CalibrationChoice, GateChoice, walk_settings
     from fewbit.workflows.quantize import quantize_model
     from fewbit.workflows.sizes import parse_bytes
@@ -329,6 +329,7 @@ def quantize(
             ignore=("lm_head", *(ignore or ())),
             overwrite=overwrite,
             progress=progress,
+            on_estimate=None if json else lambda estimate: typer.echo(f"Estimate: {estimate_text(estimate)}", err=True),
         )
     _print_json(result) if json else render_quantize(result, _console(), verbose=verbose)
 

@@ -535,6 +535,7 @@ class QuantizeResult:
         layers: one entry per linear, in the model's order; blocks: per block of the walk.
         calibration: None when no method needed any.
         gate: None for results older than the gate.
+        estimate: what was said before the work; None for results older than it.
         peak_rss_bytes: largest resident memory of the process, mapped pages included; None where the system does not say.
         notes: what was not possible for this model.
     """
@@ -566,6 +567,7 @@ class QuantizeResult:
     gate: GateResult | None = None
     peak_rss_bytes: int | None = None
     notes: list[str] = Field(default_factory=list)
+    estimate: QuantizeEstimate | None = None
 
 
 @dataclass(frozen=True, config=_FROZEN)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from fewbit.results import GateResult, LayerReport, QuantizeResult
+from fewbit.results import GateResult, Interval, LayerReport, QuantizeEstimate, QuantizeResult
 
-__all__ = ["gate_text", "layers_table", "quantize_table", "render_quantize"]
+__all__ = ["estimate_text", "gate_text", "layers_table", "quantize_table", "render_quantize"]
 
 _WORST = 8
 
@@ -39,12 +39,31 @@ def quantize_table(result: QuantizeResult) -> Table:
         ("bytes", f"{result.checkpoint_bytes:,} (source {result.source_bytes:,}, {saved:.1%} saved)"),
         ("layout", f"{result.layout}, {result.layout_format}"),
         ("gate", gate_text(result.gate)),
+        *([("estimated", estimate_text(result.estimate))] if result.estimate is not None else []),
         ("time", _time_text(result)),
         ("directory", result.out),
     ]
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def estimate_text(estimate: QuantizeEstimate) -> str:
+    """One line, with ranges."""
+    parts = [f"memory {_bytes_text(estimate.peak_memory_bytes)}", f"disk {_bytes_text(estimate.disk_bytes)}"]
+    if estimate.duration_s is not None:
+        low, high = (_duration_text(value) for value in (estimate.duration_s.low, estimate.duration_s.high))
+        parts.append(f"time {_duration_text(estimate.duration_s.value)} ({low} to {high})")
+    return ", ".join(parts)
+
+
+def _bytes_text(size: Interval) -> str:
+    unit, name = (2**30, "GiB") if size.value >= 2**30 else (2**20, "MiB")
+    return f"{size.value / unit:.3g} {name} ({size.low / unit:.3g} to {size.high / unit:.3g})"
+
+
+def _duration_text(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def gate_text(gate: GateResult | None) -> str:

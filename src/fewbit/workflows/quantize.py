@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,10 +28,13 @@ from fewbit.errors import QualityError, UsageError
 from fewbit.evaluate.statistics import clustered_mean
 from fewbit.formats.spec import Scheme
 from fewbit.kernels.environment import cpu_flags, memory_bytes, peak_rss_bytes
-from fewbit.results import GateResult, LayerReport, QuantizeResult
+from fewbit.models.structure import build_without_weights
+from fewbit.results import GateResult, LayerReport, QuantizeEstimate, QuantizeResult
 from fewbit.walk.activations import MemoryBudget
 from fewbit.walk.calibration import CalibrationData, load_calibration
+from fewbit.walk.estimate import check_fits, estimate_quantization, workload_of
 from fewbit.walk.gate import GateSums, GateText, default_threshold, load_gate_text
+from fewbit.walk.rates import measure_rates
 from fewbit.walk.settings import WalkSettings
 from fewbit.walk.skeleton import Skeleton
 from fewbit.walk.walk import ProgressCallback, Walk, WalkOutcome
@@ -44,6 +47,8 @@ __all__ = ["quantize_model"]
 _LAYOUT = "compressed-tensors"
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _VERSIONS = ("torch", "transformers", "compressed-tensors")
+
+EstimateCallback = Callable[[QuantizeEstimate], None]
 
 
 def quantize_model(
@@ -58,6 +63,7 @@ def quantize_model(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: ProgressCallback | None = None,
+    on_estimate: EstimateCallback | None = None,
 ) -> QuantizeResult:
     """Quantize a model into a new Hugging Face directory in the compressed-tensors layout.
 
@@ -71,9 +77,11 @@ def quantize_model(
         ignore: linears that stay in high precision: shell patterns on the dotted name or its last part.
         overwrite: replace an existing checkpoint, and start over where another command left work.
         progress: called with (blocks done, blocks, what is being done).
+        on_estimate: called before the work with what it will take; the time is estimated only for it, because that takes two seconds.
 
     Raises:
-        UsageError: an unknown scheme or method, a scheme that the layout lacks, a pattern that matches nothing.
+        UsageError: an unknown scheme or method, a scheme that the layout lacks, a pattern that matches nothing; more memory or disk needed
+            than there is.
         ModelError, CheckpointError: the source cannot be used, or has NaN or infinite weights.
         CorpusError: too little calibration text, or too little for the gate.
         FormatError: a group size that does not divide a layer.
@@ -94,6 +102,7 @@ def quantize_model(
     dtype = _working_dtype(settings)
     facts = _facts(settings, dtype)
     command = _command(source, resolved, settings, plan, facts, calibration, gate, max_shard_bytes)
+    estimate = _estimate(source, plan, resolved, settings, dtype, Path(out), on_estimate)
     with resumable_directory(out, command, overwrite=overwrite) as work:
         if work.done:
             return replace(TypeAdapter(QuantizeResult).validate_python(work.result), out=str(out))
@@ -115,10 +124,33 @@ def quantize_model(
             duration_s=time.monotonic() - started,
             source_sha256=source.sha256(),
             peak_rss_bytes=peak_rss_bytes(),
+            estimate=estimate,
         )
         write_companions(plan, resolved, result, totals.quantized, work.checkpoint)
         work.finish(RECIPE_NAME, asdict(result))
     return result
+
+
+def _estimate(
+    source: TensorSource,
+    plan: QuantizePlan,
+    scheme: Scheme,
+    settings: WalkSettings,
+    dtype: torch.dtype,
+    out: Path,
+    tell: EstimateCallback | None,
+) -> QuantizeEstimate:
+    """What the work will take; refuses what cannot fit."""
+    work = workload_of(build_without_weights(source.config), source.config, plan.targets, source_bytes=source.weight_bytes_on_disk)
+    rates = None
+    if tell is not None:
+        existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+        rates = measure_rates(scheme, settings, dtype, existing)
+    estimate = estimate_quantization(work, scheme, settings, dtype, rates)
+    check_fits(estimate, out)
+    if tell is not None:
+        tell(estimate)
+    return estimate
 
 
 def _texts(source: TensorSource, settings: WalkSettings) -> tuple[CalibrationData | None, GateText | None]:

@@ -132,7 +132,7 @@ def _timeless(result: QuantizeResult) -> dict[str, Any]:
     """The result without what differs between two runs of one command."""
     blocks = [replace(block, duration_s=0.0, resumed=False) for block in result.blocks]
     fields = asdict(replace(result, blocks=blocks))
-    for name in ("out", "duration_s", "peak_rss_bytes"):
+    for name in ("out", "duration_s", "peak_rss_bytes", "estimate"):
         del fields[name]
     for block in fields["blocks"]:
         del block["duration_s"], block["resumed"]
