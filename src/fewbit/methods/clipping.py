@@ -16,7 +16,8 @@ parabola in the scale,
     error(s) = s^2 (q H_gg q^T) - 2 s (q H_gg w_g^T - c_g q^T) + const                                                 (2)
 
 which is evaluated at the scale as it is stored. Codes are kept as they are: with correlated inputs the nearest grid point is not the best
-one. Groups are visited from left to right, c_g holding the errors of those that are done; a second sweep knows all others.
+one. Groups are visited from left to right, c_g holding the errors of those that are done; a second sweep knows all others, and tries the
+ranges that lie between those of the first against what the first has found.
 
 Cost: rows * K * (2 * group * candidates + 2 K * sweeps) multiplications. A group wider than `exact_width` (one scale per channel) takes a
 sketch of H instead of H_gg.
@@ -40,6 +41,7 @@ from fewbit.methods.statistics import InputStatistics
 
 __all__ = ["ClipSettings", "clip"]
 
+_FRACTIONS = (0.0, 0.5, 0.25, 0.75)  # where in a step between two ranges each sweep has its own
 _SIGNED_UP_TO_BITS = 4  # a negative scale turns -8..7 over: see formats.scales
 
 
@@ -48,7 +50,7 @@ class ClipSettings:
     """How the ranges are searched.
 
     Attributes:
-        candidates: ranges per group (and sign), evenly between `narrowest` and `widest` times the min-max range.
+        candidates: ranges per group (and sign) in each sweep, evenly between `narrowest` and `widest` times the min-max range.
         narrowest, widest: None for those that suit the number of bits.
         sweeps: how often each group is visited.
         shrinkage: share of H's off-diagonal that is not believed, for calibration with few tokens; None: from the number of tokens.
@@ -56,7 +58,7 @@ class ClipSettings:
         seed: of the sketch.
     """
 
-    candidates: int = 20
+    candidates: int = 12
     narrowest: float | None = None
     widest: float = 1.1
     sweeps: int = 2
@@ -113,7 +115,7 @@ class _Clipping:
     def run(self) -> QuantizedTensor:
         for sweep in range(self.settings.sweeps if self.columns > self.size else 1):
             for group in range(self.columns // self.size):
-                self._visit(group, known=self.columns if sweep else group * self.size)
+                self._visit(group, sweep)
         stored = self.scales.to(round_scale(self.scales[:1].abs(), self.spec.scale_dtype).dtype)
         if self.zeros is not None:
             shifted = self.codes.view(self.rows, -1, self.size) + self.zeros.unsqueeze(-1)
@@ -122,36 +124,52 @@ class _Clipping:
             values = encode_values(self.codes, self.spec)
         return QuantizedTensor(values, stored, self.spec, self.zeros, None, self.global_scale)
 
-    def _visit(self, group: int, known: int) -> None:
-        """Choose the scale and the codes of one group in all rows, given the errors of the first `known` columns."""
+    def _visit(self, group: int, sweep: int) -> None:
+        """Choose the scale and the codes of one group in all rows, given the errors of the groups that are known."""
         columns = slice(group * self.size, (group + 1) * self.size)
-        cross = None
-        if self.hessian is not None and known:
-            own = self.hessian[columns, columns]
-            # c_g of (1), [rows, size]; in the first sweep the group's own error is still zero
-            cross = torch.matmul(self.error[:, :known], self.hessian[:known, columns]).sub_(self.error[:, columns] @ own)
-        candidates = self._starts()
-        step = max(1, 2 * CHUNK_ELEMENTS // (self.size * len(candidates)))
+        cross, known = None, self.columns if sweep else columns.start
+        if self.hessian is None:
+            assert self.factor is not None
+            moments = self.factor[columns]
+        else:
+            moments = self.hessian[columns, columns].contiguous()
+            if known:  # c_g of (1), [rows, size]; in the first sweep the errors of this group and of those behind it are still zero
+                cross = torch.matmul(self.error[:, :known], self.hessian[columns, :known].T).sub_(self.error[:, columns] @ moments)
+        candidates = self._starts(sweep)
+        step = max(1, CHUNK_ELEMENTS // (self.size * len(candidates)))
         for first in range(0, self.rows, step):
             rows = slice(first, first + step)
-            self._choose(rows, columns, group, candidates, None if cross is None else cross[rows])
+            self._choose(rows, columns, candidates, moments, None if cross is None else cross[rows], again=sweep > 0)
 
-    def _starts(self) -> torch.Tensor:
+    def _starts(self, sweep: int) -> torch.Tensor:
         """[candidates]: the ranges to try, relative to the min-max range; negative ones turn the grid over."""
         settings, spec = self.settings, self.spec
         narrowest = settings.narrowest if settings.narrowest is not None else {2: 0.25, 3: 0.4, 4: 0.55}.get(spec.num_bits, 0.8)
-        factors = torch.linspace(settings.widest, narrowest, settings.candidates)
+        count = settings.candidates
+        between = (_FRACTIONS[sweep % len(_FRACTIONS)] + torch.arange(count)) / count
+        factors = settings.widest + (narrowest - settings.widest) * between
         signed = spec.type == "int" and spec.symmetric and spec.num_bits <= _SIGNED_UP_TO_BITS
         return torch.cat([factors, -factors]) if signed else factors
 
-    def _choose(self, rows: slice, columns: slice, group: int, factors: torch.Tensor, cross: torch.Tensor | None) -> None:
-        weight = self.weight[rows, columns]  # [r, g]
+    def _choose(
+        self, rows: slice, columns: slice, factors: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor | None, again: bool
+    ) -> None:
+        """The best of the ranges and, where a sweep has been there before (`again`), of what it has found.
+
+        Args:
+            factors: [c]. moments: H_gg, or the columns' part of the factor of H. cross: c_g of these rows.
+        """
+        weight, group = self.weight[rows, columns], columns.start // self.size  # [r, g]
         steps, zeros = self._steps(weight, factors)  # [c, r, 1], [c, r, 1] or None
-        scaled = weight / steps
+        scaled = weight * (1 / steps)
         codes = round_to_grid(scaled if zeros is None else scaled.round_().add_(zeros), self.spec)
         if zeros is not None:
             codes -= zeros
-        square, product = self._parabola(codes, weight, columns, cross)
+        if again:
+            codes = torch.cat([codes, self.codes[rows, columns].unsqueeze(0)])
+            steps = torch.cat([steps, self._scale_in_use(rows, group)[None, :, None]])
+            zeros = None if zeros is None or self.zeros is None else torch.cat([zeros, self.zeros[rows, group].float()[None, :, None]])
+        square, product = self._parabola(codes, weight, moments, cross)
         best = product / square.clamp_min(torch.finfo(torch.float32).tiny)
         scale = self._stored(torch.where(square > 0, best, steps.squeeze(-1)), steps.squeeze(-1))
         gain = scale * (2 * product - scale * square)  # (2), turned round
@@ -163,6 +181,11 @@ class _Clipping:
         self.scales[rows, group] = scale if self.global_scale is None else scale / self.global_scale
         if zeros is not None and self.zeros is not None:
             self.zeros[rows, group] = zeros[chosen, each, 0].to(torch.int8)
+
+    def _scale_in_use(self, rows: slice, group: int) -> torch.Tensor:
+        """float32 [r]: what the group's codes are multiplied with."""
+        scale = self.scales[rows, group]
+        return scale if self.global_scale is None else scale * self.global_scale
 
     def _steps(self, weight: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The scales [c, r, 1] that the codes are computed with, and zero points of that shape."""
@@ -177,17 +200,14 @@ class _Clipping:
         return steps, zero_points((low[:, None] * factors).contiguous(), steps, self.spec.num_bits).float()
 
     def _parabola(
-        self, codes: torch.Tensor, weight: torch.Tensor, columns: slice, cross: torch.Tensor | None
+        self, codes: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q H q^T and q H w^T - c q^T, [c, r] each."""
+        projected = codes @ moments
         if self.factor is not None:
-            part = self.factor[columns]
-            projected = codes @ part
-            return projected.square().sum(-1), (projected * (weight @ part)).sum(-1)
-        assert self.hessian is not None
-        own = self.hessian[columns, columns]
-        wanted = weight @ own if cross is None else (weight @ own).sub_(cross)
-        return (codes @ own).mul_(codes).sum(-1), (codes * wanted).sum(-1)
+            return projected.square().sum(-1), (projected * (weight @ moments)).sum(-1)
+        wanted = weight @ moments if cross is None else (weight @ moments).sub_(cross)
+        return projected.mul_(codes).sum(-1), (codes * wanted).sum(-1)
 
     def _stored(self, scale: torch.Tensor, started: torch.Tensor) -> torch.Tensor:
         """The scales as they will be read back, float32; where the best one has another sign than its codes', the one of the codes."""
