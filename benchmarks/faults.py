@@ -14,6 +14,7 @@ import inspect
 import json
 import multiprocessing
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,7 @@ def write_model(directory: Path, change: Callable[[torch.nn.Module], None] | Non
     return directory
 
 
-def quantize(model: Path, out: Path, **changes: Any) -> QuantizeResult:
+def quantize(model: Path, out: Path, progress: Callable[[int, int, str], None] | None = None, **changes: Any) -> QuantizeResult:
     """GPTQ with a gate that random weights pass, on one thread."""
     import torch
 
@@ -94,7 +95,7 @@ def quantize(model: Path, out: Path, **changes: Any) -> QuantizeResult:
         calibration=CalibrationChoice(files=(text,), samples=8, sequence_length=64),
         gate=GateChoice(texts=(text,), windows=4, sequence_length=32, threshold=100.0),
     )
-    return quantize_model(model, scheme=SCHEME, out=out, settings=replace(settings, **changes))
+    return quantize_model(model, scheme=SCHEME, out=out, settings=replace(settings, **changes), progress=progress)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -168,7 +169,7 @@ class Faults:
                 self.differing.append(partial.name)
 
     def full_disk(self) -> list[str]:
-        """Fill a small tmpfs, make room, resume, compare.
+        """A disk that is too small is refused; one that somebody else fills meanwhile stops the run; with room again it goes on.
 
         Returns:
             What was wrong.
@@ -176,17 +177,29 @@ class Faults:
         Raises:
             NotMeasuredError: no tmpfs can be mounted.
         """
-        from fewbit.errors import OutputError
+        from fewbit.errors import OutputError, UsageError
 
         mount = self.root / "tmpfs"
         mount.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(mount)], capture_output=True, text=True, check=False)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise NotMeasuredError(f"no tmpfs can be mounted here: {done.stderr.strip()}")
         wrong: list[str] = []
+        filler = mount / "filler"
+
+        def fill(blocks: int, *_: object) -> None:
+            if blocks == 1 and not filler.exists():
+                filler.write_bytes(bytes(shutil.disk_usage(mount).free - 2 * 4096))
+
         try:
             try:
                 quantize(self.model, mount / "out")
+                wrong.append("a disk that is too small was not refused")
+            except UsageError:
+                wrong += [f"{path.name} is there" for path in mount.iterdir()]
+            subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+            try:
+                quantize(self.model, mount / "out", progress=fill)
                 wrong.append("the disk was not full")
             except OutputError as error:
                 if "No space left" not in str(error):
@@ -196,7 +209,7 @@ class Faults:
             finished = len(list((mount / "out.partial").glob("steps/block-*.json")))
             if not finished:
                 wrong.append("no finished block was kept")
-            subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+            filler.unlink()
             result = quantize(self.model, mount / "out")
             if sum(block.resumed for block in result.blocks) != finished:
                 wrong.append("finished blocks were done again")

@@ -205,7 +205,8 @@ def check_fits(estimate: QuantizeEstimate, out: Path) -> None:
 
 
 def _size(value: float) -> str:
-    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    unit, name = next((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if value >= unit or unit == 2**10)
+    return f"{value / unit:.3g} {name}"
 
 
 class _Counts:

@@ -102,10 +102,10 @@ def quantize_model(
     dtype = _working_dtype(settings)
     facts = _facts(settings, dtype)
     command = _command(source, resolved, settings, plan, facts, calibration, gate, max_shard_bytes)
-    estimate = _estimate(source, plan, resolved, settings, dtype, Path(out), on_estimate)
     with resumable_directory(out, command, overwrite=overwrite) as work:
         if work.done:
             return replace(TypeAdapter(QuantizeResult).validate_python(work.result), out=str(out))
+        estimate = _estimate(source, plan, resolved, settings, dtype, Path(out), on_estimate)
         budget = MemoryBudget(memory_bytes() // 4 if settings.memory_bytes is None else settings.memory_bytes, work.scratch)
         skeleton = Skeleton(source, dtype=dtype)
         walk = Walk(
