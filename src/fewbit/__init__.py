@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from fewbit.formats.quantize import dequantize, quantize
     from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
     from fewbit.formats.tensor import QuantizedTensor
+    from fewbit.methods.gptq import GPTQSettings, gptq
     from fewbit.methods.rtn import rtn
+    from fewbit.methods.statistics import InputStatistics
     from fewbit.report.results_file import read_results
-    from fewbit.results import CompareResults, Environment, EvaluateResults
+    from fewbit.results import CompareResults, Environment, EvaluateResults, QuantizeResult
     from fewbit.runtime.config import QuantizationConfig
     from fewbit.runtime.generate import generate
     from fewbit.runtime.load import LoadedModel, load_model
+    from fewbit.walk.settings import CalibrationChoice, GateChoice, WalkSettings
     from fewbit.workflows.bench import bench as bench_model
     from fewbit.workflows.compare import CompareSettings, compare
     from fewbit.workflows.environment import environment
@@ -38,16 +41,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMES",
+    "CalibrationChoice",
     "CompareResults",
     "CompareSettings",
     "Environment",
     "EvaluateResults",
     "FewbitError",
+    "GPTQSettings",
+    "GateChoice",
+    "InputStatistics",
     "LoadedModel",
     "QuantSpec",
     "QuantizationConfig",
+    "QuantizeResult",
     "QuantizedTensor",
     "Scheme",
+    "WalkSettings",
     "__version__",
     "bench_model",
     "build_report",
@@ -59,6 +68,7 @@ __all__ = [
     "generate",
     "generate_text",
     "get_scheme",
+    "gptq",
     "list_kernels",
     "load_model",
     "open_source",
@@ -73,16 +83,22 @@ __version__ = "0.1.0"
 # Where each public name lives: the imports above once more, for the running program.
 _HOMES = {
     "SCHEMES": "fewbit.formats.spec:SCHEMES",
+    "CalibrationChoice": "fewbit.walk.settings:CalibrationChoice",
     "CompareResults": "fewbit.results:CompareResults",
     "CompareSettings": "fewbit.workflows.compare:CompareSettings",
     "Environment": "fewbit.results:Environment",
     "EvaluateResults": "fewbit.results:EvaluateResults",
     "FewbitError": "fewbit.errors:FewbitError",
+    "GPTQSettings": "fewbit.methods.gptq:GPTQSettings",
+    "GateChoice": "fewbit.walk.settings:GateChoice",
+    "InputStatistics": "fewbit.methods.statistics:InputStatistics",
     "LoadedModel": "fewbit.runtime.load:LoadedModel",
     "QuantSpec": "fewbit.formats.spec:QuantSpec",
     "QuantizationConfig": "fewbit.runtime.config:QuantizationConfig",
+    "QuantizeResult": "fewbit.results:QuantizeResult",
     "QuantizedTensor": "fewbit.formats.tensor:QuantizedTensor",
     "Scheme": "fewbit.formats.spec:Scheme",
+    "WalkSettings": "fewbit.walk.settings:WalkSettings",
     "bench_model": "fewbit.workflows.bench:bench",
     "build_report": "fewbit.workflows.report:build_report",
     "compare": "fewbit.workflows.compare:compare",
@@ -93,6 +109,7 @@ _HOMES = {
     "generate": "fewbit.runtime.generate:generate",
     "generate_text": "fewbit.workflows.generate:generate_text",
     "get_scheme": "fewbit.formats.spec:get_scheme",
+    "gptq": "fewbit.methods.gptq:gptq",
     "list_kernels": "fewbit.workflows.kernels:list_kernels",
     "load_model": "fewbit.runtime.load:load_model",
     "open_source": "fewbit.checkpoints.sources:open_source",
