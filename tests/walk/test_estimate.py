@@ -162,7 +162,7 @@ def small(**parts: float) -> QuantizeEstimate:
 @pytest.mark.parametrize(("parts", "remedy"), [({"work": 2.0**50}, "--precision bfloat16"), ({"hidden states": 2.0**50}, "--memory lower")])
 def test_what_does_not_fit_the_memory_is_refused_with_what_to_change(parts: dict[str, float], remedy: str, tmp_path: Path) -> None:
     check_fits(small(), tmp_path / "out")
-    with pytest.raises(UsageError, match=rf"1048576\.\d GiB of memory, and .* available; .*{remedy}"):
+    with pytest.raises(UsageError, match=rf"1,048,576\.\d GiB of memory, and .* available; .*{remedy}"):
         check_fits(small(**parts), tmp_path / "out")
 
 
@@ -175,7 +175,7 @@ def test_a_disk_that_is_too_small_is_refused_and_unfinished_work_counts_as_room(
     free(needed)
     check_fits(estimate, tmp_path / "not" / "there" / "out")
     free(needed // 2)
-    with pytest.raises(UsageError, match=r"on the disk, and 0 MiB are free; free some space"):
+    with pytest.raises(UsageError, match=r"on the disk, and 1\.0 KiB are free; free some space"):
         check_fits(estimate, tmp_path / "out")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "step").write_bytes(bytes(needed))

@@ -206,7 +206,7 @@ def check_fits(estimate: QuantizeEstimate, out: Path) -> None:
 
 def _size(value: float) -> str:
     unit, name = next((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if value >= unit or unit == 2**10)
-    return f"{value / unit:.3g} {name}"
+    return f"{value / unit:,.1f} {name}"
 
 
 class _Counts:
