@@ -20,7 +20,8 @@ The bars, per model and spec:
     best    one fewbit method, named beforehand, over whichever peer's method turns out best
 
 each as the ratio of mean KL divergences over three calibration seeds (at most 0.95) and the upper end of its paired 95 % interval over
-held-out windows (below 1). A side that stores more bits per weight than the other is compared only when it is the peer's.
+held-out windows (below 1). A side that stores more bits per weight than the other is compared only when it is the peer's. For `best`, a
+peer's method that is more than 15 % worse than another peer's at the first seed is out and does not run at the other seeds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,8 @@ SPECS = {"w4g128": (4, 128), "w4g32": (4, 32), "w3g128": (3, 128)}
 BEST_SPECS = ("w4g128", "w3g128")
 SEEDS = (0, 1, 2)
 THRESHOLD = 0.95
+# A contender for `best` that is this much worse than another at the first seed is out: seeds differ by one or two percent.
+SCREEN = 1.15
 # Named beforehand: taking the better of several on the very windows that are scored would flatter us.
 BEST_METHOD = "gptaq"
 # (peer, method) of the two head-to-head bars, and all that `best` is compared with.
@@ -197,16 +200,30 @@ class Bench:
         key = hashlib.sha256(depends.encode()).hexdigest()[:16]
         return {**job, "model": str(self.models[run.model]), "tokens": str(tokens), "threads": self.threads}, key
 
-    def runs(self, specs: Sequence[str]) -> list[Run]:
-        """All that the bars need, the quick ones first."""
-        ours = [(OURS, method) for method in (*HEAD_TO_HEAD, BEST_METHOD)]
-        found = []
+    def runs(self, specs: Sequence[str], sides: Sequence[str]) -> Iterator[Run]:
+        """All that the bars need of these sides. A contender gets its further seeds once its first has left it in the running."""
         for model in self.models:
-            for seed in self.seeds:
-                for side, method in (*CONTENDERS, *ours):
-                    wanted = BEST_SPECS if (side, method) not in HEAD_TO_HEAD.values() and method not in HEAD_TO_HEAD else SPECS
-                    found += [Run(model, side, method, spec, seed) for spec in specs if spec in wanted]
-        return found
+            for spec in specs:
+                always = [*HEAD_TO_HEAD.values(), *((OURS, method) for method in HEAD_TO_HEAD)]
+                if spec in BEST_SPECS:
+                    always.append((OURS, BEST_METHOD))
+                    yield from (Run(model, *one, spec, self.seeds[0]) for one in CONTENDERS if one[0] in sides)
+                yield from (Run(model, *one, spec, seed) for seed in self.seeds for one in always if one[0] in sides)
+                if spec in BEST_SPECS and set(sides) >= set(PEERS):
+                    try:
+                        running = self.running(model, spec)
+                    except NotMeasuredError:
+                        continue  # the bar says so
+                    yield from (Run(model, *one, spec, seed) for seed in self.seeds for one in running)
+
+    def running(self, model: str, spec: str) -> list[tuple[str, str]]:
+        """The contenders that `SCREEN` leaves, by their KL at the first seed.
+
+        Raises:
+            NotMeasuredError: one could not be measured: it might have been the best.
+        """
+        first = {one: _mean_kl([self.figures(Run(model, *one, spec, self.seeds[0]))]) for one in CONTENDERS}
+        return [one for one in CONTENDERS if first[one] <= SCREEN * min(first.values())]
 
 
 @cache
@@ -273,8 +290,8 @@ def _mean_kl(figures: Sequence[Figures]) -> float:
 
 
 def _best_peer(bench: Bench, model: str, spec: str) -> list[Figures]:
-    """Of all peers' methods the one with the lowest mean KL. A contender that cannot be measured fails the bar: it might have been it."""
-    return min((_scores(bench, model, side, method, spec) for side, method in CONTENDERS), key=_mean_kl)
+    """Of all peers' methods the one with the lowest mean KL. A contender that cannot be measured fails the bar."""
+    return min((_scores(bench, model, side, method, spec) for side, method in bench.running(model, spec)), key=_mean_kl)
 
 
 def _ratio(ours: Sequence[Figures], theirs: Sequence[Figures]) -> tuple[float, float, float]:
@@ -383,9 +400,7 @@ def main() -> int:
     if arguments.list:
         return run_bars(listed, list_only=True)
     figures: dict[tuple[str, str], Figures] = {}
-    for run in bench.runs(arguments.specs):
-        if arguments.only and run.side not in arguments.only:
-            continue
+    for run in bench.runs(arguments.specs, arguments.only or [*PEERS, OURS]):
         try:
             one = bench.figures(run)
             figures[one.key, one.evaluator] = one
