@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-__all__ = ["Export", "Job", "integer_export", "load_model", "logits_of", "main", "unpack_stream"]
+__all__ = ["Export", "Job", "integer_export", "load_model", "logits_of", "main", "start_clock", "unpack_stream"]
 
 # Tensors that stay in high precision on every side; exporting them again would only cost disk.
 _KEPT = ("lm_head.", "embed_tokens.", "embed_in.", "embed_out.", "wte.", "wpe.", "embed_positions.")
@@ -166,6 +166,13 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
     for name in ("torch", "transformers", *packages):
         found[name] = importlib.metadata.version(name)
     return found
+
+
+def start_clock() -> float:
+    """The time at which the quantization itself begins, in seconds of an arbitrary origin. A file `started` in the answer's folder tells
+    whoever watches this process, so that it can bound the quantization's time from outside."""
+    (Path(sys.argv[2]) / "started").touch()
+    return time.perf_counter()
 
 
 def _peak_bytes() -> int:

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from _runner import Export, Job, integer_export, load_model, logits_of, main
+from _runner import Export, Job, integer_export, load_model, logits_of, main, start_clock
 from auto_round import AutoRound
 from transformers import AutoTokenizer
 
@@ -44,7 +44,7 @@ def _tuner(job: Job, model: torch.nn.Module) -> Any:
 def quantize(job: Job) -> Export:
     """Tune all blocks."""
     model = load_model(job)
-    started = time.perf_counter()
+    started = start_clock()
     tuned, _ = _tuner(job, model).quantize()
     seconds = time.perf_counter() - started
     if not job.export:

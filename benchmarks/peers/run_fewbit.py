@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from _runner import Export, Job, logits_of, main
+from _runner import Export, Job, logits_of, main, start_clock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -68,7 +68,7 @@ def quantize(job: Job) -> Export:
     """Quantize into a temporary directory and read it back."""
     settings = WalkSettings(method=job.method, seed=job.seed, calibration=CalibrationChoice(**job.options), gate=GateChoice(enabled=False))
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
+        started = start_clock()
         result = quantize_model(job.model, scheme=_scheme(job), out=Path(folder) / "out", settings=settings, overwrite=True)
         seconds = time.perf_counter() - started
         if job.tokens:

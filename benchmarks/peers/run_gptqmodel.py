@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
-from _runner import Export, Job, integer_export, logits_of, main, unpack_stream
+from _runner import Export, Job, integer_export, logits_of, main, start_clock, unpack_stream
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig, extension
 from gptqmodel.quantization.config import GPTAQConfig
 from safetensors.torch import load_file
@@ -73,7 +73,7 @@ def quantize(job: Job) -> Export:
     dtype = "auto" if job.dtype == "auto" else getattr(torch, job.dtype)
     model = GPTQModel.load(job.model, _config(job), dtype=dtype)
     extension.load(name="pack_block_cpu")  # compiled at the first use on a machine, which belongs to no timing
-    started = time.perf_counter()
+    started = start_clock()
     model.quantize(rows, batch_size=1)
     seconds = time.perf_counter() - started
     if not job.export:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 
 import torch
-from _runner import Export, Job, load_model, logits_of, main
+from _runner import Export, Job, load_model, logits_of, main, start_clock
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 
 
@@ -34,7 +34,7 @@ def quantize(job: Job) -> Export:
     model = load_model(job)
     config = BaseQuantizeConfig(nbits=job.num_bits, group_size=job.group_size, **job.options)
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in ("lm_head", "embed_out")]
-    started = time.perf_counter()
+    started = start_clock()
     for name in names:
         linear = model.get_submodule(name)
         layer = HQQLinear(linear, config, compute_dtype=torch.bfloat16, device="cpu", del_orig=False)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _runner import Export, Job, integer_export, load_model, logits_of, main
+from _runner import Export, Job, integer_export, load_model, logits_of, main, start_clock
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -81,7 +81,7 @@ def quantize(job: Job) -> Export:
     if not torch.accelerator.is_available():
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
     model, recipe, loader = load_model(job), _recipe(job), _loader(job)
-    started = time.perf_counter()
+    started = start_clock()
     oneshot(
         model=model,
         tokenizer=job.model if (Path(job.model) / "tokenizer.json").exists() else None,

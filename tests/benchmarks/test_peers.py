@@ -89,17 +89,19 @@ def test_the_evaluator_sees_no_change_in_the_source_and_puts_it_back() -> None:
         evaluator.score({**source, next(iter(source)): next(iter(source.values())) * float("nan")})
 
 
+_SIDES = (*quality.PEERS, "fewbit")
+
+
 def _figures(side: str, method: str, kl: float, bits: float = 4.125) -> quality.Figures:
     per_window = [kl * factor for factor in (0.9, 1.0, 1.1)]
     return quality.Figures("m", side, method, "w4g128", 0, "k", "e", per_window, per_window, per_window, bits, 1.0, 2.0, 3, 1, {}, [])
 
 
-class _Bench:
+class _Bench(quality.Bench):
     """Figures made by hand in place of runs."""
 
-    models, seeds = {"m": Path()}, (0,)
-
     def __init__(self, kl: dict[tuple[str, str], float], **bits: float) -> None:
+        super().__init__({"m": Path()}, (0,), [], 0)
         self._kl, self._bits = kl, bits
 
     def figures(self, run: quality.Run) -> quality.Figures:
@@ -110,7 +112,7 @@ class _Bench:
 
 def _values(bench: _Bench) -> dict[str, float | str]:
     values: dict[str, float | str] = {}
-    for bar in quality.bars(bench, ["w4g128"]):  # type: ignore[arg-type]
+    for bar in quality.bars(bench, ["w4g128"]):
         try:
             values[bar.name] = bar.value()
         except NotMeasuredError as error:
@@ -149,8 +151,21 @@ def test_runs_without_calibration_are_not_repeated_per_seed(monkeypatch: pytest.
     seen: list[quality.Run] = []
     bench = quality.Bench({"m": Path()}, (0, 1, 2), [], 0)
     monkeypatch.setattr(bench, "_measure", lambda run: seen.append(run) or _figures(run.side, run.method, 1.0))
-    for run in bench.runs(["w4g128", "w4g32"]):
+    for run in bench.runs(["w4g128", "w4g32"], _SIDES):
         bench.figures(run)
     assert len([run for run in seen if run.side == "hqq"]) == 1
     assert len([run for run in seen if run.side == "llmcompressor"]) == 2 * 2 * 3
     assert {run.spec for run in seen if run.side == "autoround"} == {"w4g128"}
+
+
+def test_a_contender_far_behind_at_the_first_seed_runs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    kl = {("gptqmodel", "gptq"): 1.1, ("autoround", "autoround"): 1.0}
+    bench = quality.Bench({"m": Path()}, (0, 1, 2), [], 0)
+    monkeypatch.setattr(bench, "_measure", lambda run: _figures(run.side, run.method, kl.get((run.side, run.method), 1.2)))
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for run in bench.runs(["w4g128"], _SIDES):
+        bench.figures(run)
+        seeds.setdefault((run.side, run.method), set()).add(run.seed)
+    assert seeds["gptqmodel", "gptq"] == seeds["autoround", "autoround"] == {0, 1, 2}  # within 15 % of the best
+    assert seeds["gptqmodel", "gptaq"] == {0}
+    assert seeds["llmcompressor", "gptq"] == {0, 1, 2}  # a bar of its own
