@@ -1,0 +1,98 @@
+"""What a data sheet does not say: how much of its rates a runtime reaches, and what each operator costs besides.
+
+A step's time is predicted from a few factors, each with a prior for its class of device: a median and the spread in which a device's own
+value lies (a standard deviation of the logarithm; 0.1 is ten percent). `calibration` narrows them with measured points. The priors are data
+(`priors.toml`), with where each comes from.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.resources import files
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewbit.predict.hardware import Kind
+
+__all__ = ["FACTORS", "Factors", "Prior", "prior_of"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors of one device and runtime.
+
+    Attributes:
+        memory: share of the bandwidth that reading 16-bit weights reaches.
+        operator_us: microseconds that each operator costs besides its work: launch, synchronization, framework.
+        read_8, read_4: speed of reading fused 8-bit and 4-bit weights, relative to 16-bit ones: what unpacking costs where memory limits.
+        cache: share of the bandwidth that reading keys and values reaches.
+        compute: share of the 16-bit peak that large products reach.
+        native: the same of a low-precision peak, relative to `compute`.
+        unpack: speed of large products that dequantize inside the kernel, relative to 16-bit ones.
+        copy: share of the bandwidth that separate passes over memory reach (dequantization into a copy, quantization of activations).
+    """
+
+    memory: float
+    operator_us: float
+    read_8: float
+    read_4: float
+    cache: float
+    compute: float
+    native: float
+    unpack: float
+    copy: float
+
+    @classmethod
+    def from_logs(cls, logs: NDArray[np.float64]) -> Factors:
+        """The factors of a vector of logarithms in the order of `FACTORS`."""
+        return cls(*(math.exp(value) for value in logs))
+
+    def logs(self) -> NDArray[np.float64]:
+        """The inverse."""
+        return np.log([getattr(self, name) for name in FACTORS])
+
+
+FACTORS: tuple[str, ...] = tuple(f.name for f in fields(Factors))
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Factors before anything was measured.
+
+    Attributes:
+        factors: medians. spread: standard deviations of the logarithms, in the order of `FACTORS`.
+        residual: standard deviation of what the model cannot explain even with the right factors; measurements have the same.
+        source: where the figures come from.
+    """
+
+    factors: Factors
+    spread: NDArray[np.float64]
+    residual: float
+    source: str
+
+
+def _read() -> Mapping[str, Prior]:
+    table = tomllib.loads(files("fewbit.predict").joinpath("priors.toml").read_text(encoding="utf-8"))
+    default = table["default"]
+    priors = {}
+    for kind, row in table.items():
+        values = {name: row.get(name, default[name]) for name in FACTORS}
+        priors[kind] = Prior(
+            factors=Factors(**{name: value[0] for name, value in values.items()}),
+            spread=np.array([values[name][1] for name in FACTORS], dtype=np.float64),
+            residual=float(row.get("residual", default["residual"])),
+            source=str(row.get("source", default["source"])),
+        )
+    return priors
+
+
+_PRIORS = _read()
+
+
+def prior_of(kind: Kind) -> Prior:
+    """The prior of a class of device."""
+    return _PRIORS.get(kind, _PRIORS["default"])

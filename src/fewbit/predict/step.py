@@ -1,0 +1,237 @@
+"""The model of one step: what its operators move and compute, and how long a device needs for it.
+
+    T = sum over operators of max(bytes / (memory * bandwidth), operations / (compute * peak))          linears, head, attention
+      + operators * operator_us                                                                          launches, framework
+      + keys and values / (cache * bandwidth)
+      + passes over memory that a kernel path adds / (copy * bandwidth)
+
+Decode and prefill are the same equation with different numbers: a decode step multiplies each weight with `batch` rows, a prefill with
+batch x prompt rows, so the first is limited by bytes and the second by operations. The kernel path says what a format changes:
+
+    dense     2 bytes per weight, 16-bit peak
+    fused     the packed bytes, read at `read_8` or `read_4` of the 16-bit speed because they are unpacked on the way; the 16-bit peak times
+              `unpack`, because the product itself still is a 16-bit one. W4A16 therefore speeds decode up and not prefill
+    unfused   the packed bytes are read, a 16-bit copy is written and read again, before a dense product: slower than BF16, always
+    native    the packed bytes, the low-precision peak times `native`, and a pass over the activations that quantizes them
+
+(Roofline: Williams, Waterman, Patterson, CACM 52(4), 2009. The constant term: what remains of a step when its bytes are gone.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbit.errors import UsageError
+from fewbit.formats.cost import storage_bytes
+from fewbit.formats.spec import QuantSpec, Scheme, get_scheme
+from fewbit.predict.efficiency import Factors
+from fewbit.predict.hardware import Hardware
+from fewbit.predict.outline import LinearGroup, Outline
+from fewbit.predict.prediction import KernelPath, StepPoint, Term
+from fewbit.results import Bound
+
+__all__ = ["StepTime", "Work", "choose_path", "compute_format", "step_time", "step_work"]
+
+_ACTIVATION_BYTES = 2
+_ROUTED_FORMATS = {"fp4_e2m1": "fp4", "fp8_e4m3": "fp8", "int8": "int8", "int4": "int4"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kind of operator of a step moves and computes.
+
+    Attributes:
+        name: as in `Term`.
+        weight_bytes: packed weights. activation_bytes: inputs and outputs. copy_bytes: passes that the path adds.
+        cache_bytes: keys and values.
+        operations: multiplications and additions. bits: of a stored weight, which says how fast it is read.
+        number_format: in which it is multiplied. unpacks: dequantizes inside the product.
+        operators: launches.
+    """
+
+    name: str
+    weight_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    copy_bytes: float = 0.0
+    cache_bytes: float = 0.0
+    operations: float = 0.0
+    bits: float = 16.0
+    number_format: str = "bf16"
+    unpacks: bool = False
+    operators: int = 0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Milliseconds of a step and of its terms."""
+
+    milliseconds: float
+    terms: tuple[Term, ...]
+    bound: Bound
+    floor_milliseconds: float
+
+
+def compute_format(scheme: Scheme) -> str:
+    """The format in which a scheme's products can be computed: its own when activations have one, too; 4-bit floats always."""
+    weights = scheme.weights
+    if weights is None:
+        return "bf16"
+    if scheme.input_activations is not None or weights.grid_name == "fp4_e2m1":
+        return _ROUTED_FORMATS.get(weights.grid_name, "bf16")
+    return "bf16"
+
+
+def choose_path(scheme: Scheme, hardware: Hardware, asked: KernelPath | None = None) -> KernelPath:
+    """The path that runs a scheme: what was asked for, else the best that the hardware has.
+
+    Raises:
+        UsageError: `native` was asked for and the matrix units do not multiply the format.
+    """
+    if scheme.weights is None:
+        return "dense"
+    wanted = compute_format(scheme)
+    native = wanted != "bf16" and hardware.multiplies(wanted)
+    if asked == "native" and not native:
+        raise UsageError(f"{hardware.label} does not multiply {scheme.name} natively", "leave the path out, or choose fused or unfused")
+    if asked is not None and asked != "dense":
+        return asked
+    if native:
+        return "native"
+    return "fused" if scheme.input_activations is None or scheme.weights.type == "float" else "unfused"
+
+
+def _stored_bytes(group: LinearGroup, spec: QuantSpec | None) -> float:
+    """Bytes of one weight; a last group that is not full counts as a full one."""
+    if spec is None:
+        return 2.0 * group.weights
+    columns = group.columns
+    if spec.group_size is not None:
+        columns = -(-columns // spec.group_size) * spec.group_size
+    return float(storage_bytes(spec, group.rows, columns)) * group.columns / columns
+
+
+def step_work(outline: Outline, point: StepPoint, path: KernelPath, *, weight_bytes: float | None = None) -> list[Work]:
+    """What a step moves and computes, linears first.
+
+    Args:
+        path: of the quantized linears; the head is dense.
+        weight_bytes: bytes of all weights that the step reads, where they are known (a file's size); scales the linears' own.
+
+    Raises:
+        UsageError: an unknown scheme, or a batch or context that is not positive.
+    """
+    if point.batch < 1 or point.context < 0 or (point.phase == "prefill" and point.context < 1):
+        raise UsageError(
+            f"batch {point.batch} and context {point.context} cannot be meant", "give a batch of 1 or more, a prompt of 1 or more"
+        )
+    scheme = get_scheme(point.scheme)
+    tokens = point.batch * (point.context if point.phase == "prefill" else 1)
+    linears = [_linear_work(group, scheme, path, point.batch if not group.quantizable else tokens) for group in outline.groups]
+    if weight_bytes is not None:
+        scale = weight_bytes / sum(work.weight_bytes for work in linears)
+        linears = [_scaled(work, scale) for work in linears]
+    counted = [*linears, *_attention_work(outline, point)]
+    return [*counted, Work("overhead", operators=max(outline.operators - sum(work.operators for work in counted), 0))]
+
+
+def _scaled(work: Work, scale: float) -> Work:
+    values = {**work.__dict__, "weight_bytes": work.weight_bytes * scale, "bits": work.bits * scale}
+    return Work(**values)
+
+
+def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: int) -> Work:
+    spec = scheme.weights if group.quantizable else None
+    path = path if spec is not None else "dense"
+    read = group.expected_copies_read(tokens)
+    packed = _stored_bytes(group, spec) * read
+    rows = tokens * group.count
+    copies = 0.0
+    if path == "unfused":
+        copies = 4.0 * group.weights * read  # the 16-bit copy, written and read
+        if scheme.input_activations is not None:
+            copies += 4.0 * rows * group.columns
+    elif path == "native":
+        copies = rows * group.columns * 3.0  # 16 bits read, 8 written; 4-bit formats write less
+    return Work(
+        name="linears" if group.quantizable else "lm_head",
+        weight_bytes=packed,
+        activation_bytes=_ACTIVATION_BYTES * rows * (group.rows + group.columns),
+        copy_bytes=copies,
+        operations=2.0 * group.weights * rows,
+        bits=8.0 * packed / (group.weights * read),
+        number_format=compute_format(scheme) if path == "native" else "bf16",
+        unpacks=path == "fused",
+        operators=group.launches * (2 if path == "unfused" else 1),
+    )
+
+
+def _kv_bytes_per_value(kv: str) -> tuple[float, float]:
+    """(bytes read per value, bytes of the cache per value) of a format of the cache."""
+    scheme = get_scheme(kv) if kv.upper() != "BF16" else None
+    if scheme is None:
+        return 2.0, 2.0
+    if scheme.kv_keys is None or scheme.kv_values is None:
+        raise UsageError(f"scheme '{kv}' has no format for the cache", "choose BF16, KV-INT8, KV-FP8 or KV-INT4")
+    stored = sum(_value_bytes(spec) for spec in (scheme.kv_keys, scheme.kv_values)) / 2
+    return stored, stored
+
+
+def _value_bytes(spec: QuantSpec) -> float:
+    shared = spec.group_size or 128
+    return spec.num_bits / 8 + (2 + (0 if spec.symmetric else 1)) / shared
+
+
+def _attention_work(outline: Outline, point: StepPoint) -> list[Work]:
+    """Scores and their sum over the cached tokens, and the reads of the cache."""
+    if not outline.layers:
+        return []
+    per_value, _ = _kv_bytes_per_value(point.kv)
+    new = point.context if point.phase == "prefill" else 1
+    before = 0 if point.phase == "prefill" else point.context
+    seen = new * before + new * (new + 1) / 2
+    operations = 4.0 * outline.layers * outline.heads * outline.head_dim * seen * point.batch
+    cached = outline.kv_values_per_token * point.batch * (before + new) * per_value
+    return [Work("attention", cache_bytes=cached, operations=operations, operators=outline.layers)]
+
+
+def step_time(work: list[Work], hardware: Hardware, factors: Factors) -> StepTime:
+    """Time of a step on a device with these factors."""
+    bandwidth = hardware.bandwidth_gb_s * 1e6  # bytes per millisecond
+    terms: list[Term] = []
+    shares: dict[Bound, float] = {"bandwidth": 0.0, "compute": 0.0, "overhead": 0.0}
+    floor = 0.0
+    for one in work:
+        peak = hardware.dense_tflop_s.get(one.number_format, hardware.dense_tflop_s["bf16"]) * 1e9  # operations per millisecond
+        read = factors.memory * _read_speed(one.bits, factors)
+        compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0) * (factors.unpack if one.unpacks else 1.0)
+        moving = (
+            one.weight_bytes / (read * bandwidth)
+            + one.activation_bytes / (factors.memory * bandwidth)
+            + one.cache_bytes / (factors.cache * bandwidth)
+        )
+        computing = one.operations / (compute * peak)
+        copying = one.copy_bytes / (factors.copy * bandwidth)
+        launching = one.operators * factors.operator_us / 1e3
+        shares["compute" if computing > moving else "bandwidth"] += max(moving, computing)
+        shares["bandwidth"] += copying
+        shares["overhead"] += launching
+        everything = one.weight_bytes + one.activation_bytes + one.cache_bytes + one.copy_bytes
+        floor += max((one.weight_bytes + one.cache_bytes) / bandwidth, one.operations / peak)
+        text = (
+            f"max({moving:.4g} ms memory, {computing:.4g} ms compute) + {copying:.4g} ms passes"
+            f" + {one.operators} x {factors.operator_us:.3g} us"
+        )
+        terms.append(Term(one.name, max(moving, computing) + copying + launching, everything, one.operations, one.operators, text))
+    total = sum(term.milliseconds for term in terms)
+    return StepTime(total, tuple(terms), max(shares, key=shares.__getitem__), floor)
+
+
+def _read_speed(bits: float, factors: Factors) -> float:
+    """Speed of reading weights of this width relative to 16-bit ones: 1 at 16, read_8 at 8, read_4 at 4 and below, linear in between."""
+    if bits >= 16:
+        return 1.0
+    if bits >= 8:
+        share = (16 - bits) / 8
+        return 1.0 + share * (factors.read_8 - 1.0)
+    share = (8 - max(bits, 4.0)) / 4
+    return factors.read_8 + share * (factors.read_4 - factors.read_8)
