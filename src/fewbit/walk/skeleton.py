@@ -297,7 +297,7 @@ class Skeleton:
         assert hidden is not None
         to_meta = _on_meta((call.arguments, dict(call.keywords)))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _buffers_kept(block):
                 keywords = {**to_meta[1], **({call.by_keyword: hidden.to("meta")} if call.by_keyword else {})}
                 positional = to_meta[0] if call.by_keyword else (hidden.to("meta"), *to_meta[0])
                 return isinstance(block(*positional, **keywords), tuple)
@@ -343,6 +343,17 @@ def check_values(name: str, tensor: torch.Tensor) -> None:
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         bad = int((~tensor.float().isfinite()).sum())
         raise CheckpointError(f"tensor '{name}' has {bad} NaN or infinite values", "the checkpoint is damaged: download or train it again")
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put all buffers back on leaving: GPT-J's attention moves its table of positions to wherever its inputs are."""
+    kept = [(owner, name, buffer) for owner in module.modules() for name, buffer in owner._buffers.items()]
+    try:
+        yield
+    finally:
+        for owner, name, buffer in kept:
+            owner._buffers[name] = buffer
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
