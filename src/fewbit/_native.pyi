@@ -49,3 +49,68 @@ def squared_error(
     Raises:
         ValueError: shapes that do not fit.
     """
+
+def threads() -> int:
+    """Threads of the CPU kernels, the caller's included."""
+
+def set_threads(count: int) -> None:
+    """Replace the threads of the CPU kernels.
+
+    Raises:
+        ValueError: not 1 to 1024.
+    """
+
+def int_instruction_sets() -> list[str]:
+    """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `avx-vnni`, `avx2`, `portable`."""
+
+class Linear:
+    """A weight [out_features, in_features] in its packed form. Shares the memory of the tensors it was made from and keeps them alive."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def tile(self) -> int:
+        """Output features that are computed together."""
+    @property
+    def bytes(self) -> int:
+        """Read per pass at one token."""
+    def apply(self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """y = x @ W.T + bias on all threads.
+
+        Args:
+            x: [rows, in_features] float32 or bfloat16, columns next to each other.
+            y: [rows, out_features] float32 or bfloat16, columns next to each other; filled in.
+            bias: [out_features] float32 or None.
+
+        Raises:
+            ValueError: shapes, strides or dtypes that do not fit.
+        """
+
+def int_linear(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    out_features: int,
+    in_features: int,
+    group: int,
+    bits: int,
+    range: float = 127.0,
+    static_scale: float = 0.0,
+    instruction_set: str = "",
+) -> Linear:
+    """An INT4 or INT8 weight that multiplies INT8 activations; layouts in src/native/cpu/int_dot.hpp.
+
+    Args:
+        codes: uint8 [tiles, lines, 64].
+        scales: bfloat16 [tiles, pairs of groups, 16, 2], float32 [tiles, groups, 16] or, per channel, float32 [tiles, 16].
+        zeros: int8 [tiles, groups, 16] (channel: [tiles, 1, 16]) or None.
+        group: columns of the input that share a scale.
+        range: the largest magnitude of a group becomes this code.
+        static_scale: the inputs' scale when it was calibrated; 0: computed from the values.
+        instruction_set: empty: the best of this CPU.
+
+    Raises:
+        ValueError: shapes that do not fit, or an instruction set that this CPU lacks.
+    """

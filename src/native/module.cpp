@@ -1,5 +1,6 @@
 // The Python face of fewbit's native code; its types are written down in src/fewbit/_native.pyi.
 
+#include "cpu/bindings.hpp"
 #include "read_bandwidth.hpp"
 #include "scale_search.hpp"
 
@@ -46,7 +47,8 @@ void squared_error(const Array<const float, 2> &weight, const std::optional<Arra
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Native code of fewbit: the memory bandwidth probe and the search for scales.";
+    m.doc() = "Native code of fewbit: CPU kernels, the memory bandwidth probe and the search for scales.";
+    fewbit::bind_cpu(m);
     m.def("instruction_set", &fewbit::instruction_set,
           "The widest read loop that this CPU runs: \"avx512\", \"avx2\" or \"portable\".");
     m.def("read_bandwidth", &fewbit::read_bandwidth, "bytes"_a, "threads"_a, "seconds"_a = 1.0, nb::call_guard<nb::gil_scoped_release>(),

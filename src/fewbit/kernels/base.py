@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -16,7 +17,12 @@ from fewbit.errors import FormatError
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
 
-__all__ = ["Kernel", "KernelRequest", "PassedOver", "Selection"]
+if TYPE_CHECKING:
+    from fewbit._native import Linear
+
+__all__ = ["Compute", "Kernel", "KernelRequest", "PassedOver", "Selection"]
+
+Compute = Literal["exact", "int8-activations"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class KernelRequest:
         device: `cpu`, `cuda`, `mps`.
         dtype: dtype of the inputs and outputs, for example torch.bfloat16.
         has_g_idx: the columns are in a permuted group order.
+        compute: what a kernel may do with inputs in high precision. `exact`: multiply them as they are. `int8-activations`: quantize them
+            on the fly per token in groups of 32 to 128, where a kernel exists that does; never chosen unless asked for.
     """
 
     weights: QuantSpec | None
@@ -39,6 +47,7 @@ class KernelRequest:
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     has_g_idx: bool = False
+    compute: Compute = "exact"
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ class Kernel(ABC):
     @abstractmethod
     def refuse_format(self, request: KernelRequest) -> str | None:
         """None when the kernel is made for the request's number formats, wherever it runs; else the reason. Reads only `request.weights`,
-        `request.input_activations` and `request.has_g_idx`: `select(strict=True)` asks it whether a fused kernel exists for a format."""
+        `request.input_activations`, `request.has_g_idx` and `request.compute`: `select(strict=True)` asks it whether a fused kernel exists
+        for a format."""
 
     @abstractmethod
     def refuse_here(self, request: KernelRequest) -> str | None:
@@ -106,6 +116,10 @@ class Kernel(ABC):
         Returns:
             [..., out], `request.dtype`.
         """
+
+    def native(self, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> Linear | None:
+        """The packed weight as the decode engine takes it, sharing `packed`'s memory; None when the kernel is not one of fewbit's own."""
+        return None
 
     @staticmethod
     def static_input_scale(weight: QuantizedTensor, request: KernelRequest) -> dict[str, torch.Tensor]:

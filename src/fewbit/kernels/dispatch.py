@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fewbit.errors import KernelError, UsageError
 from fewbit.kernels.base import Kernel, KernelRequest, PassedOver, Selection
+from fewbit.kernels.cpu.int_activations import CpuIntActivations
 from fewbit.kernels.dense import DenseKernel
 from fewbit.kernels.onednn_w8a8 import OneDnnW8A8
 from fewbit.kernels.reference import ReferenceKernel
@@ -17,6 +18,8 @@ __all__ = ["KERNELS", "UNFUSED", "select"]
 
 KERNELS: tuple[Kernel, ...] = (
     DenseKernel(),
+    CpuIntActivations(4),
+    CpuIntActivations(8),
     TorchInt4Pack(),
     TorchInt8Pack(),
     OneDnnW8A8(),

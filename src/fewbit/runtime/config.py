@@ -15,6 +15,7 @@ import torch
 
 from fewbit.formats.scales import Observer
 from fewbit.formats.spec import Scheme
+from fewbit.kernels.base import Compute
 from fewbit.runtime.linear import KernelLinearMethod, LinearMethod, QuantLinear, UnquantizedLinearMethod
 
 __all__ = ["QuantizationConfig"]
@@ -30,6 +31,7 @@ class QuantizationConfig:
         strict: a fallback to an unfused kernel is an error when a fused one exists for the format.
         ignore: linears that stay in high precision: shell patterns on the dotted module name or on its last part.
         observer: how scales are chosen when a high-precision weight is quantized at load: `minmax` or `mse`.
+        compute: `exact`, or `int8-activations` where a kernel has that mode (`KernelRequest`).
     """
 
     scheme: Scheme
@@ -37,6 +39,7 @@ class QuantizationConfig:
     strict: bool = False
     ignore: tuple[str, ...] = ("lm_head",)
     observer: Observer = "minmax"
+    compute: Compute = "exact"
 
     def is_ignored(self, prefix: str) -> bool:
         """Whether the linear of that dotted name stays in high precision."""
@@ -55,5 +58,10 @@ class QuantizationConfig:
         if self.scheme.weights is None or self.is_ignored(prefix):
             return UnquantizedLinearMethod()
         return KernelLinearMethod(
-            self.scheme.weights, self.scheme.input_activations, kernel=self.kernel, strict=self.strict, observer=self.observer
+            self.scheme.weights,
+            self.scheme.input_activations,
+            kernel=self.kernel,
+            strict=self.strict,
+            observer=self.observer,
+            compute=self.compute,
         )

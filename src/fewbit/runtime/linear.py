@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.scales import Observer
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
-from fewbit.kernels.base import KernelRequest, PassedOver, Selection
+from fewbit.kernels.base import Compute, KernelRequest, PassedOver, Selection
 from fewbit.kernels.dispatch import select
 from fewbit.methods.rtn import rtn
 from fewbit.results import KernelUse, PassedOverKernel
@@ -79,6 +80,7 @@ class KernelLinearMethod(LinearMethod):
         kernel: a kernel's name or `unfused`; None for the fastest.
         strict: see `dispatch.select`.
         observer: how scales are chosen when a high-precision weight is loaded.
+        compute: see `KernelRequest`.
     """
 
     def __init__(
@@ -89,16 +91,19 @@ class KernelLinearMethod(LinearMethod):
         kernel: str | None = None,
         strict: bool = False,
         observer: Observer = "minmax",
+        compute: Compute = "exact",
     ) -> None:
         self._weights = weights
         self._input_activations = input_activations
         self._kernel = kernel
         self._strict = strict
         self._observer: Observer = observer
+        self._compute: Compute = compute
         self._packed_names: tuple[str, ...] = ()
 
     def create_weights(self, layer: nn.Module, in_features: int, out_features: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        self._select(KernelRequest(self._weights, self._input_activations, out_features, in_features, device, dtype))
+        request = KernelRequest(self._weights, self._input_activations, out_features, in_features, device, dtype, compute=self._compute)
+        self._select(request)
         weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
         layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
@@ -139,8 +144,7 @@ class KernelLinearMethod(LinearMethod):
             raise FormatError(f"a weight in {weight.spec} was given to a linear that stays in high precision", "take it out of `ignore`")
         now = (weight.spec, weight.g_idx is not None)
         if now != (self.request.weights, self.request.has_g_idx):
-            r = self.request
-            self._select(KernelRequest(now[0], r.input_activations, r.out_features, r.in_features, r.device, r.dtype, now[1]))
+            self._select(replace(self.request, weights=now[0], has_g_idx=now[1]))
 
 
 class UnquantizedLinearMethod(KernelLinearMethod):

@@ -1,0 +1,1 @@
+"""fewbit's own CPU kernels: Python packs the weights, C++ (src/native/cpu/) multiplies, on threads of its own."""

@@ -1,0 +1,100 @@
+#include "bindings.hpp"
+
+#include "apply.hpp"
+#include "int_linear.hpp"
+#include "thread_pool.hpp"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fewbit {
+namespace {
+
+template <typename T, std::size_t Dimensions> using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+using Flat = nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>;
+
+void check(bool holds, const char *message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+bool is_float32(const nb::dlpack::dtype &type) { return type == nb::dtype<float>(); }
+bool is_bfloat16(const nb::dlpack::dtype &type) { return type.code == std::uint8_t(nb::dlpack::dtype_code::Bfloat) && type.bits == 16; }
+
+Type type_of(const nb::dlpack::dtype &type) {
+    check(is_float32(type) || is_bfloat16(type), "tensors are float32 or bfloat16");
+    return is_float32(type) ? Type::float32 : Type::bfloat16;
+}
+
+void apply_linear(const Linear &linear, const Matrix &x, const Matrix &y, const std::optional<Array<const float, 1>> &bias) {
+    check(x.shape(1) == linear.in_features, "x has not in_features columns");
+    check(y.shape(0) == x.shape(0) && y.shape(1) == linear.out_features, "y is not [rows of x, out_features]");
+    check((x.stride(1) == 1 || x.shape(1) == 1) && x.stride(0) >= 0, "the columns of x are not next to each other");
+    check((y.stride(1) == 1 || y.shape(1) == 1) && y.stride(0) >= 0, "the columns of y are not next to each other");
+    check(!bias || bias->shape(0) == linear.out_features, "bias has not out_features entries");
+    const Rows rows{x.data(), type_of(x.dtype()), x.shape(0), x.shape(1), std::size_t(x.stride(0))};
+    const Type y_type = type_of(y.dtype());
+    nb::gil_scoped_release released;
+    apply(linear, rows, y.data(), y_type, std::size_t(y.stride(0)), bias ? bias->data() : nullptr);
+}
+
+std::unique_ptr<Linear> int_linear(const Array<const std::uint8_t, 3> &codes, const Flat &scales,
+                                   const std::optional<Array<const std::int8_t, 3>> &zeros, std::size_t out_features,
+                                   std::size_t in_features, std::size_t group, int bits, float range, float static_scale,
+                                   const std::string &instruction_set) {
+    check(group != 0 && group % 8 == 0, "a group is not a multiple of 8 columns");
+    IntWeight weight;
+    weight.out_features = out_features;
+    weight.group = group;
+    weight.groups = (in_features + group - 1) / group;
+    const std::size_t tiles = (out_features + kTileRows - 1) / kTileRows, lines = weight.groups * group * std::size_t(bits) / 32;
+    check(codes.shape(0) == tiles && codes.shape(1) == lines && codes.shape(2) == kLineBytes, "codes are not [tiles, lines, 64]");
+    check(reinterpret_cast<std::uintptr_t>(codes.data()) % kLineBytes == 0, "codes do not begin on a cache line");
+    check(reinterpret_cast<std::uintptr_t>(scales.data()) % kLineBytes == 0, "scales do not begin on a cache line");
+    if (is_bfloat16(scales.dtype())) {
+        weight.scale_layout = ScaleLayout::groups_bfloat16;
+        check(scales.size() == tiles * ((weight.groups + 1) / 2) * kTileRows * 2, "scales are not [tiles, pairs of groups, 16, 2]");
+    } else {
+        check(is_float32(scales.dtype()), "scales are bfloat16 or float32");
+        weight.scale_layout = scales.ndim() == 2 ? ScaleLayout::channel : ScaleLayout::groups_float32;
+        const std::size_t per_tile = scales.ndim() == 2 ? kTileRows : weight.groups * kTileRows;
+        check(scales.size() == tiles * per_tile, "scales are not [tiles, 16] or [tiles, groups, 16]");
+    }
+    weight.codes = codes.data();
+    weight.scales = scales.data();
+    if (zeros) {
+        const std::size_t groups = weight.scale_layout == ScaleLayout::channel ? 1 : weight.groups;
+        check(zeros->shape(0) == tiles && zeros->shape(1) == groups && zeros->shape(2) == kTileRows, "zeros are not [tiles, groups, 16]");
+        weight.zeros = zeros->data();
+    }
+    return make_int_linear(weight, {bits, in_features, range, static_scale, instruction_set});
+}
+
+} // namespace
+
+void bind_cpu(nb::module_ &m) {
+    m.def("threads", &threads, "Threads of the CPU kernels.");
+    m.def("set_threads", &set_threads, "count"_a, nb::call_guard<nb::gil_scoped_release>(), "Replace the threads of the CPU kernels.");
+    m.def("int_instruction_sets", &int_instruction_sets, "Instruction sets for integer products on this CPU, the best first.");
+
+    nb::class_<Linear>(m, "Linear", nb::is_weak_referenceable())
+        .def_prop_ro("out_features", [](const Linear &linear) { return linear.out_features; })
+        .def_prop_ro("in_features", [](const Linear &linear) { return linear.in_features; })
+        .def_prop_ro("tile", &Linear::tile)
+        .def_prop_ro("bytes", &Linear::bytes)
+        .def("apply", &apply_linear, "x"_a, "y"_a, "bias"_a.none() = nb::none());
+    m.def("int_linear", &int_linear, "codes"_a, "scales"_a, "zeros"_a.none(), "out_features"_a, "in_features"_a, "group"_a, "bits"_a,
+          "range"_a = 127.0f, "static_scale"_a = 0.0f, "instruction_set"_a = "", nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
+          nb::keep_alive<0, 3>());
+}
+
+} // namespace fewbit

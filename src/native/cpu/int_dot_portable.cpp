@@ -1,0 +1,82 @@
+// int_dot.hpp in plain C++: the definition that the other instruction sets are tested against.
+
+#include "int_dot.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fewbit {
+namespace {
+
+float bfloat16(std::uint16_t bits) {
+    const std::uint32_t wide = std::uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+float scale_of(const IntWeight &w, std::size_t tile, std::size_t group, std::size_t row) {
+    switch (w.scale_layout) {
+    case ScaleLayout::channel:
+        return static_cast<const float *>(w.scales)[tile * kTileRows + row];
+    case ScaleLayout::groups_float32:
+        return static_cast<const float *>(w.scales)[(tile * w.groups + group) * kTileRows + row];
+    default:
+        const std::size_t pairs = (w.groups + 1) / 2;
+        return bfloat16(static_cast<const std::uint16_t *>(w.scales)[((tile * pairs + group / 2) * kTileRows + row) * 2 + group % 2]);
+    }
+}
+
+std::int32_t zero_of(const IntWeight &w, std::size_t tile, std::size_t group, std::size_t row) {
+    if (w.zeros == nullptr) return 0;
+    const std::size_t line = w.scale_layout == ScaleLayout::channel ? tile : tile * w.groups + group;
+    return w.zeros[line * kTileRows + row];
+}
+
+// sums[r] += sum of c * x over one group of a tile.
+template <int Bits> void dot(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, std::int32_t *sums) {
+    constexpr std::size_t kColumns = Bits == 4 ? 8 : 4; // of a line
+    for (std::size_t at = 0; at < columns; at += kColumns, codes += kLineBytes) {
+        for (std::size_t r = 0; r < kTileRows; ++r) {
+            for (std::size_t j = 0; j < 4; ++j) {
+                const std::uint8_t byte = codes[4 * r + j];
+                if (Bits == 4) {
+                    sums[r] += (byte & 15) * x[at + j] + (byte >> 4) * x[at + 4 + j];
+                } else {
+                    sums[r] += byte * x[at + j];
+                }
+            }
+        }
+    }
+}
+
+template <int Bits>
+void multiply(const IntWeight &w, const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end) {
+    constexpr std::int32_t kOffset = 1 << (Bits - 1);
+    const std::size_t group_bytes = w.group * kTileRows * Bits / 8;
+    for (std::size_t first = begin; first < end; first += kTileRows) {
+        const std::size_t tile = first / kTileRows, rows = std::min(kTileRows, end - first);
+        for (std::size_t m = 0; m < x.rows; ++m) {
+            float result[kTileRows] = {};
+            for (std::size_t g = 0; g < w.groups; ++g) {
+                const std::size_t at = m * w.groups + g;
+                std::int32_t sums[kTileRows] = {};
+                dot<Bits>(w.codes + (tile * w.groups + g) * group_bytes, x.codes + at * w.group, w.group, sums);
+                for (std::size_t r = 0; r < rows; ++r) {
+                    const std::int32_t sum = sums[r] - (kOffset + zero_of(w, tile, g, r)) * x.sums[at];
+                    result[r] += scale_of(w, tile, g, r) * x.scales[at] * float(sum);
+                }
+            }
+            std::copy_n(result, rows, y + m * y_stride + first);
+        }
+    }
+}
+
+} // namespace
+
+const IntKernels &int_kernels_portable() {
+    static const IntKernels kernels{"portable", multiply<4>, multiply<8>};
+    return kernels;
+}
+
+} // namespace fewbit

@@ -1,0 +1,69 @@
+#include "int_linear.hpp"
+
+#include <stdexcept>
+
+namespace fewbit {
+namespace {
+
+std::vector<const IntKernels *> available() {
+    std::vector<const IntKernels *> found;
+    found.push_back(&int_kernels_portable());
+    return found;
+}
+
+const IntKernels &choose(const std::string &name) {
+    for (const IntKernels *kernels : available()) {
+        if (name.empty() || name == kernels->name) return *kernels;
+    }
+    throw std::invalid_argument("this CPU has no " + name);
+}
+
+class IntLinear final : public Linear {
+  public:
+    IntLinear(const IntWeight &weight, const IntLinearOptions &options)
+        : Linear(weight.out_features, options.in_features), weight_(weight), bits_(options.bits),
+          format_{InputKind::int8_groups, weight.group, options.range, options.static_scale} {
+        const IntKernels &kernels = choose(options.instruction_set);
+        multiply_ = bits_ == 4 ? kernels.int4 : kernels.int8;
+    }
+
+    InputFormat input_format(std::size_t) const override { return format_; }
+    std::size_t tile() const override { return kTileRows; }
+
+    std::size_t bytes() const override {
+        const std::size_t tiles = (out_features + kTileRows - 1) / kTileRows, groups = weight_.groups;
+        std::size_t scales = groups * kTileRows * 4, zeros = groups * kTileRows; // of a tile
+        if (weight_.scale_layout == ScaleLayout::channel) scales = kTileRows * 4, zeros = kTileRows;
+        if (weight_.scale_layout == ScaleLayout::groups_bfloat16) scales = (groups + 1) / 2 * kTileRows * 4;
+        return tiles * (groups * weight_.group * kTileRows * std::size_t(bits_) / 8 + scales + (weight_.zeros == nullptr ? 0 : zeros));
+    }
+
+    void multiply(const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end) const override {
+        multiply_(weight_, x, y, y_stride, begin, end);
+    }
+
+  private:
+    IntWeight weight_;
+    int bits_;
+    InputFormat format_;
+    IntMultiply multiply_;
+};
+
+} // namespace
+
+std::vector<std::string> int_instruction_sets() {
+    std::vector<std::string> names;
+    for (const IntKernels *kernels : available()) names.emplace_back(kernels->name);
+    return names;
+}
+
+std::unique_ptr<Linear> make_int_linear(const IntWeight &weight, const IntLinearOptions &options) {
+    if (options.bits != 4 && options.bits != 8) throw std::invalid_argument("integer weights have 4 or 8 bits");
+    if (weight.group == 0 || weight.group % 8 != 0) throw std::invalid_argument("a group is not a multiple of 8 columns");
+    if (weight.groups != (options.in_features + weight.group - 1) / weight.group) {
+        throw std::invalid_argument("the groups do not cover in_features");
+    }
+    return std::make_unique<IntLinear>(weight, options);
+}
+
+} // namespace fewbit
