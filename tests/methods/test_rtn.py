@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fewbit.errors import FormatError
-from fewbit.formats import SCHEMES, dequantize, quantize
+from fewbit.formats import SCHEMES, dequantize
+from fewbit.formats.quantize import quantize
 from fewbit.methods.rtn import rtn
 
 

@@ -18,31 +18,12 @@ from collections.abc import Iterator
 import torch
 
 from fewbit.errors import FormatError
+from fewbit.formats.sizes import scale_shape
 from fewbit.formats.spec import QuantSpec
 
 __all__ = ["CHUNK_ELEMENTS", "check_matrix", "from_groups", "row_chunks", "scale_shape", "to_groups"]
 
 CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32: temporaries stay in the cache and are not mapped afresh for every operator
-
-
-def scale_shape(spec: QuantSpec, rows: int, columns: int) -> tuple[int, int]:
-    """Shape of the scales of a [rows, columns] tensor.
-
-    Raises:
-        FormatError: `group_size` does not divide the columns.
-    """
-    if spec.strategy == "tensor":
-        return (1, 1)
-    if spec.strategy == "group":
-        size = spec.group_size or columns
-        if columns % size:
-            divisors = [g for g in (256, 128, 64, 32, 16, 8) if columns % g == 0]
-            remedy = f"use a group size that does: {', '.join(map(str, divisors))}" if divisors else "quantize per channel"
-            raise FormatError(f"group size {size} does not divide the {columns} input columns of the weight", remedy)
-        return (rows, columns // size)
-    if spec.block_shape is not None:
-        return (-(-rows // spec.block_shape[0]), -(-columns // spec.block_shape[1]))
-    return (rows, 1)
 
 
 def to_groups(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

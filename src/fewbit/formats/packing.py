@@ -16,14 +16,10 @@ import torch
 
 from fewbit.errors import FormatError
 from fewbit.formats.grids import value_dtype
+from fewbit.formats.sizes import packed_length
 from fewbit.formats.spec import QuantSpec
 
 __all__ = ["pack_bits", "pack_values", "packed_length", "unpack_bits", "unpack_values"]
-
-
-def packed_length(n: int, num_bits: int) -> int:
-    """Bytes that n values of num_bits take, packed densely."""
-    return -(-n * num_bits // 8)
 
 
 def _unit(num_bits: int) -> tuple[int, int, torch.dtype]:

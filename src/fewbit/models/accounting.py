@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from fewbit.errors import ModelError
+from fewbit.formats.sizes import cached_bytes
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.models.structure import build_empty_model
 
@@ -32,8 +33,6 @@ __all__ = [
     "parameter_count",
     "resident_bytes",
 ]
-
-_SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "e8m0": 1}
 
 
 def parameter_count(config: PretrainedConfig) -> int:
@@ -101,20 +100,11 @@ def kv_bytes_per_token(config: PretrainedConfig, spec: QuantSpec | None, dtype_b
         dtype_bytes: bytes of one value in high precision.
     """
     layers, kv_heads, head_dim = kv_shape(config)
-    return 2 * layers * kv_heads * _bytes_of_head(head_dim, spec, dtype_bytes)
+    return 2 * layers * kv_heads * cached_bytes(spec, head_dim, dtype_bytes)
 
 
 def kv_scheme_bytes_per_token(config: PretrainedConfig, scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> float:
     """The same for a scheme, whose keys and values may differ."""
     layers, kv_heads, head_dim = kv_shape(config)
-    keys, values = (_bytes_of_head(head_dim, spec, dtype.itemsize) for spec in (scheme.kv_keys, scheme.kv_values))
+    keys, values = (cached_bytes(spec, head_dim, dtype.itemsize) for spec in (scheme.kv_keys, scheme.kv_values))
     return layers * kv_heads * (keys + values)
-
-
-def _bytes_of_head(head_dim: int, spec: QuantSpec | None, dtype_bytes: int) -> float:
-    """Bytes of one token of one head, head_dim values."""
-    if spec is None:
-        return head_dim * dtype_bytes
-    shared = spec.group_size if spec.group_size is not None else head_dim
-    overhead = _SCALE_BYTES[spec.scale_dtype] + (0 if spec.symmetric else 1)
-    return head_dim * (spec.num_bits / 8 + overhead / shared)
