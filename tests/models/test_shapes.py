@@ -7,6 +7,7 @@ import pytest
 from fewbit.errors import UsageError
 from fewbit.formats.spec import QuantSpec, get_scheme
 from fewbit.models.accounting import kv_bytes_per_token, kv_scheme_bytes_per_token, parameter_count
+from fewbit.models.inventory_sources import read_inventory
 from fewbit.models.shapes import SHAPES, shapes_config
 
 PUBLISHED_PARAMETERS = {
@@ -34,7 +35,11 @@ PUBLISHED_PARAMETERS = {
     "gemma-2-2b": 2_614_341_888,
     "gemma-2-9b": 9_241_705_984,
     "phi-3-mini": 3_821_079_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v3": 671_026_419_200,
+    "gemma-3-27b": 27_432_406_640,
 }
+BUILT = [name for name in PUBLISHED_PARAMETERS if name != "deepseek-v3"]  # 44,544 linears of experts take transformers half a minute
 
 
 def test_every_shape_has_a_published_number() -> None:
@@ -42,6 +47,11 @@ def test_every_shape_has_a_published_number() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_inventories(name: str) -> None:
+    assert read_inventory(name).parameters == PUBLISHED_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", BUILT)
 def test_parameters(name: str) -> None:
     assert parameter_count(shapes_config(name)) == PUBLISHED_PARAMETERS[name]
 
