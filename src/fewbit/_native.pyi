@@ -11,12 +11,38 @@ def read_bandwidth(bytes: int, threads: int, seconds: float = 1.0) -> float:
     Args:
         bytes: size of the buffer; at least 512 MiB and several times the last-level cache for a figure that means something.
         threads: each reads its own contiguous part.
-        seconds: how long to repeat the pass; the best one counts. Each prefetch distance gets one pass at least.
+        seconds: how long to repeat the pass; the best one counts. Each of `read_loops` gets one pass at least.
 
     Raises:
         ValueError: fewer than one thread, fewer than 2 MiB per thread, negative time.
         MemoryError: the buffer cannot be allocated.
     """
+
+def read_loops() -> list[tuple[int, int]]:
+    """The read loops that this CPU runs: (prefetch distance in bytes, 0 for none; streams that each thread reads side by side)."""
+
+class ReadBuffer:
+    """A buffer for read passes that take turns with something else's.
+
+    Args:
+        bytes: size; rounded down to 2 MiB per thread.
+        threads: each writes at first, and reads in every pass, its own contiguous part.
+        huge_pages: ask for 2 MiB pages, or forbid them.
+
+    Raises:
+        ValueError: fewer than one thread, fewer than 2 MiB per thread.
+        MemoryError: the buffer cannot be allocated.
+    """
+
+    def __init__(self, bytes: int, threads: int, huge_pages: bool = True) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    def read(self, distance: int = 0, streams: int = 1) -> float:
+        """One pass over the buffer; seconds from the first load of any thread to the last.
+
+        Raises:
+            ValueError: not one of `read_loops`.
+        """
 
 def least_squares_scales(
     weight: torch.Tensor,

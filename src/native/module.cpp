@@ -53,6 +53,17 @@ NB_MODULE(_native, m) {
           "The widest read loop that this CPU runs: \"avx512\", \"avx2\" or \"portable\".");
     m.def("read_bandwidth", &fewbit::read_bandwidth, "bytes"_a, "threads"_a, "seconds"_a = 1.0, nb::call_guard<nb::gil_scoped_release>(),
           "DRAM read bandwidth in 1e9 bytes per second, the best pass over a buffer of `bytes` with `threads` threads.");
+    m.def("read_loops", [] {
+        nb::list kinds;
+        for (const fewbit::ReadLoopKind &kind : fewbit::read_loops()) kinds.append(nb::make_tuple(kind.distance, kind.streams));
+        return kinds;
+    });
+    nb::class_<fewbit::ReadBuffer>(m, "ReadBuffer")
+        .def(nb::init<std::size_t, int, bool>(), "bytes"_a, "threads"_a, "huge_pages"_a = true)
+        .def_prop_ro("bytes", &fewbit::ReadBuffer::bytes)
+        .def(
+            "read", [](fewbit::ReadBuffer &buffer, std::size_t distance, std::size_t streams) { return buffer.read({distance, streams}); },
+            "distance"_a = 0, "streams"_a = 1, nb::call_guard<nb::gil_scoped_release>());
     m.def("least_squares_scales", &least_squares_scales, "weight"_a, "importance"_a.none(), "start"_a, "factors"_a, "out"_a, "low"_a,
           "high"_a, "threads"_a, "The best least squares scale of each group into `out`.");
     m.def("squared_error", &squared_error, "weight"_a, "importance"_a.none(), "scale"_a, "out"_a, "low"_a, "high"_a, "threads"_a,

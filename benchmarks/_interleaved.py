@@ -1,0 +1,136 @@
+"""Times of several contenders in turns: one pass of each, again and again, and only the passes that had the cores to themselves.
+
+On a shared machine the memory bandwidth differs by a factor of two between hours, and a neighbour that wakes up takes half a core. So no
+contender is timed after another; all of them are loaded, each in a process of its own (`peers/_worker.py`), and their passes take turns.
+A pass counts when its threads waited for a core during less than a fiftieth of it. What is compared are medians of counted passes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _bars import NotMeasuredError
+
+__all__ = ["MAX_DELAY", "MIN_PASSES", "Contender", "PeerError", "Series", "Worker", "interleave"]
+
+MAX_DELAY = 0.02  # of a pass's time, summed over its threads
+MIN_PASSES = 5
+_PAUSE = 0.004  # seconds between passes: threads that spin while they wait for work go to sleep
+
+
+class PeerError(Exception):
+    """A peer that does not start or refuses a case; the message is its own."""
+
+
+class Worker:
+    """A peer's process.
+
+    Args:
+        name: for messages.
+        python: the interpreter of its environment.
+        script: its file in `peers/`.
+        threads: for OMP_NUM_THREADS and the like; the cases name it, too.
+    """
+
+    def __init__(self, name: str, python: Path | str, script: Path, *, threads: int, env: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        count = str(threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **(env or {})}
+        self._process = subprocess.Popen(
+            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request, one answer.
+
+        Raises:
+            PeerError: the answer is an error, or the process has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise PeerError(f"{self.name}'s process ended with exit code {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise PeerError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+@dataclass
+class Series:
+    """The passes of one contender: seconds of those that count, and how many did not."""
+
+    kept: list[float] = field(default_factory=list)
+    dropped: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, answer: Mapping[str, float]) -> None:
+        """Take a worker's answer."""
+        if answer["delay"] <= MAX_DELAY * answer["seconds"]:
+            self.kept.append(answer["seconds"])
+        else:
+            self.dropped += 1
+
+    def median(self) -> float:
+        """Seconds of the median pass.
+
+        Raises:
+            NotMeasuredError: too few passes count.
+        """
+        if len(self.kept) < MIN_PASSES:
+            raise NotMeasuredError(f"{len(self.kept)} of {len(self.kept) + self.dropped} passes had the cores to themselves")
+        return statistics.median(self.kept)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A pass that is set up in a worker under `key`."""
+
+    name: str
+    worker: Worker
+    key: str
+    facts: dict[str, Any]
+
+
+def interleave(contenders: Sequence[Contender], *, passes: int, limit_seconds: float) -> dict[str, Series]:
+    """Run passes in turns until each contender has `passes` that count, or the time is up.
+
+    A contender that fails on the way keeps what it has; its reason goes to stderr.
+    """
+    series = {contender.name: Series(facts=contender.facts) for contender in contenders}
+    running, deadline = list(contenders), time.monotonic() + limit_seconds
+    while running and time.monotonic() < deadline:
+        for contender in list(running):
+            time.sleep(_PAUSE)
+            try:
+                series[contender.name].add(contender.worker.ask(op="pass", key=contender.key))
+            except PeerError as error:
+                print(error, file=sys.stderr)
+                running.remove(contender)
+        running = [contender for contender in running if len(series[contender.name].kept) < passes]
+    return series
