@@ -64,7 +64,8 @@ class _Ggml:
     """The functions of libggml*, with their signatures."""
 
     def __init__(self, folder: Path) -> None:
-        self._libraries = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in ("libggml-base.so", "libggml-cpu.so", "libggml.so")]
+        names = ("libggml-base.so", "libggml-cpu.so", "libggml.so")
+        self._libraries = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in names]
 
     def __getattr__(self, name: str) -> Any:
         result, arguments = _SIGNATURES[name]
@@ -79,7 +80,8 @@ class _Ggml:
 def _weight_buffer(g: _Ggml, device: int, kind: int, n: int, k: int) -> int:
     """The first of the CPU's extra buffer types in which a product with such a weight can run; else the plain one."""
     register = g.ggml_backend_dev_backend_reg(device)
-    extra = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(g.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts"))
+    address = g.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
+    extra = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)
     found, i = extra(device), 0
     while found and found[i]:
         context = g.ggml_init(_Parameters(1 << 20, None, True))

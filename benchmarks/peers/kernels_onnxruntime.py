@@ -23,7 +23,7 @@ _CONTENDERS = {
 
 
 def _packed(case: dict[str, Any], bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes uint8 [n, k / group, group * bits / 8], lowest bits first, and scales float32 [n, k / group]; the zero point is 2^(bits - 1)."""
+    """Codes uint8 [n, k / group, group * bits / 8], lowest bits first, and scales float32 [n, k / group]; zero point 2^(bits - 1)."""
     middle, rows = 1 << (bits - 1), block(case).reshape(256, -1, group)
     scale = np.abs(rows).max(-1, keepdims=True) / (middle - 1)
     codes = (np.clip(np.round(rows / scale), -middle, middle - 1) + middle).astype(np.uint8)

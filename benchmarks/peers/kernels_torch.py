@@ -14,10 +14,9 @@ from _case import block, distinct, inputs, relative_error, tiled
 from _worker import Pass, serve
 
 Call = Callable[[torch.Tensor], torch.Tensor]
-_NF4 = torch.tensor(
-    [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
-    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
-)
+_NF4_NEGATIVE = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0)
+_NF4_POSITIVE = (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
+_NF4 = torch.tensor([*_NF4_NEGATIVE, *_NF4_POSITIVE])
 
 
 def _copies(packed: torch.Tensor, case: dict[str, Any]) -> list[torch.Tensor]:
@@ -36,8 +35,8 @@ def _groups(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 def bf16(case: dict[str, Any]) -> tuple[list[Call], int]:
     """F.linear."""
     weight = torch.from_numpy(tiled(block(case), case["n"])).to(torch.bfloat16)
-    weights = _copies(weight.view(torch.int16), case)
-    return [lambda x, w=w.view(torch.bfloat16): torch.nn.functional.linear(x, w) for w in weights], weight.nbytes
+    weights = [w.view(torch.bfloat16) for w in _copies(weight.view(torch.int16), case)]
+    return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights], weight.nbytes
 
 
 def bf16_prepacked(case: dict[str, Any]) -> tuple[list[Call], int]:
@@ -55,7 +54,8 @@ def int4(case: dict[str, Any]) -> tuple[list[Call], int]:
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
     both = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
     run, group = torch.ops.aten._weight_int4pack_mm_for_cpu, case["group"]
-    calls: list[Call] = [lambda x, w=w, s=both.clone(): run(x, w, group, s) for w in _copies(packed, case)]
+    weights = [(w, both.clone()) for w in _copies(packed, case)]
+    calls: list[Call] = [lambda x, w=w, s=s: run(x, w, group, s) for w, s in weights]
     return calls, packed.nbytes + both.nbytes
 
 
