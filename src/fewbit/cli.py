@@ -261,6 +261,14 @@ def quantize(
         str,
         typer.Option(metavar="CHAIN", help="rtn, gptq, hqq, awq, smoothquant, autoround, llm_int8, or a chain: awq+gptq, gptq+autoround."),
     ] = "rtn",
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Who is to load it: compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao, modelopt.",
+        ),
+    ] = "compressed-tensors",
     group_size: Annotated[
         int | None, typer.Option(metavar="SIZE", help="Weights that share a scale, in place of the scheme's.", min=1)
     ] = None,
@@ -302,7 +310,7 @@ def quantize(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every layer in the table, not only the worst.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Make a checkpoint in the compressed-tensors layout; the same command goes on where it was interrupted."""
+    """Make a checkpoint that other programs load; the same command goes on where it was interrupted."""
     from fewbit.report.quantize_table import estimate_text, render_quantize
     from fewbit.walk.settings import CalibrationChoice, GateChoice, walk_settings
     from fewbit.workflows.quantize import quantize_model
@@ -327,6 +335,7 @@ def quantize(
             settings=settings,
             group_size=group_size,
             ignore=("lm_head", *(ignore or ())),
+            layout=layout,
             overwrite=overwrite,
             progress=progress,
             on_estimate=None if json else lambda estimate: typer.echo(f"Estimate: {estimate_text(estimate)}", err=True),

@@ -14,6 +14,30 @@ from fewbit.results import GateResult, QualityResult, QuantizeResult
 __all__ = ["model_card", "source_licence"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TRANSFORMERS = (
+    "```python",
+    "from transformers import AutoModelForCausalLM",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")',
+    "```",
+    "",
+)
+_LOADING: Mapping[str, Sequence[str]] = {
+    "": _TRANSFORMERS,
+    "compressed-tensors": (
+        *_TRANSFORMERS,
+        "transformers needs the package `compressed-tensors` and computes in high precision once decompressed: good for checking results.",
+        "vLLM and SGLang run the format on their own kernels.",
+    ),
+    **dict.fromkeys(
+        ("gptq", "gptq_v2", "awq"),
+        (*_TRANSFORMERS, "transformers needs the packages `gptqmodel` and `optimum`. vLLM and SGLang run the format on their own kernels."),
+    ),
+    "gguf": ("```sh", "llama-server -m path/of/this/directory/model.gguf", "```"),
+    "bitsandbytes": (*_TRANSFORMERS, "transformers needs the package `bitsandbytes`."),
+    "torchao": (*_TRANSFORMERS, "transformers and vLLM need the package `torchao`."),
+    "modelopt": ("```sh", "vllm serve path/of/this/directory", "```"),
+}
 
 
 def model_card(
@@ -52,14 +76,7 @@ def model_card(
         *(["## Notes", "", *(f"- {note}" for note in result.notes), ""] if result.notes else []),
         "## Load it",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")',
-        "```",
-        "",
-        "transformers needs the package `compressed-tensors` and computes in high precision once decompressed: good for checking results.",
-        "vLLM and SGLang run the format on their own kernels.",
+        *_LOADING.get(result.layout, _LOADING[""]),
         "",
         "The recipe, for a machine, is in `fewbit_recipe.json`. Made with "
         + ", ".join(f"{name} {version}" for name, version in versions.items())

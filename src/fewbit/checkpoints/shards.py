@@ -71,13 +71,19 @@ def _appearing(path: Path) -> Iterator[BufferedWriter]:
         raise
 
 
-def copy_into_shards(directory: Path, pieces: Sequence[tuple[str, TensorEntry]], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+def copy_into_shards(
+    directory: Path,
+    pieces: Sequence[tuple[str, TensorEntry]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
     """Write `model.safetensors`, or shards with an index, out of tensors that lie in other safetensors files.
 
     Args:
         directory: exists.
         pieces: name and place of each tensor, in the order in which shards are filled.
         max_shard_bytes: a shard is closed before it would exceed this; a single larger tensor gets a shard of its own.
+        metadata: what every file's header says besides the tensors.
 
     Returns:
         Bytes of all tensors.
@@ -100,22 +106,22 @@ def copy_into_shards(directory: Path, pieces: Sequence[tuple[str, TensorEntry]],
         filled += entry.nbytes
     total = sum(entry.nbytes for _, entry in pieces)
     if len(shards) == 1:
-        _fill(directory / SINGLE_FILE_NAME, shards[0])
+        _fill(directory / SINGLE_FILE_NAME, shards[0], metadata)
         return total
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _fill(directory / file, shard)
+        _fill(directory / file, shard, metadata)
         weight_map |= {name: file for name, _ in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
 
 
-def _fill(path: Path, shard: Sequence[tuple[str, TensorEntry]]) -> None:
+def _fill(path: Path, shard: Sequence[tuple[str, TensorEntry]], metadata: Mapping[str, str] | None = None) -> None:
     ordered = sorted(shard, key=lambda piece: (-piece[1].dtype.itemsize, piece[0]))
     with path.open("wb") as out:
-        out.write(_header([(name, entry.dtype, entry.shape, entry.nbytes) for name, entry in ordered]))
+        out.write(_header([(name, entry.dtype, entry.shape, entry.nbytes) for name, entry in ordered], metadata))
         for _, entry in ordered:
             with entry.file.open("rb") as file:
                 file.seek(entry.offset)
@@ -128,9 +134,9 @@ def _fill(path: Path, shard: Sequence[tuple[str, TensorEntry]]) -> None:
                     remaining -= len(piece)
 
 
-def _header(tensors: _Header) -> bytes:
+def _header(tensors: _Header, metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and JSON header of a file that holds `tensors` in this order, padded with spaces to 8 bytes."""
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, dtype, shape, nbytes in tensors:
         fields[name] = {"dtype": _NAME_OF_DTYPE[dtype], "shape": list(shape), "data_offsets": [position, position + nbytes]}

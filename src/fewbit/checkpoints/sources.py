@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from fewbit.checkpoints.layout import LinearsReader, quantization_fields
+from fewbit.checkpoints.registry import quantized_reader
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
 from fewbit.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from fewbit.formats.quantize import dequantize
@@ -122,8 +124,12 @@ class DirectorySource:
     @property
     def scheme(self) -> Scheme | None:
         """The scheme of a quantized checkpoint."""
-        scheme: Scheme | None = self._quantized.scheme if self._quantized else None
-        return scheme
+        return self._quantized.scheme if self._quantized else None
+
+    @property
+    def reader(self) -> LinearsReader | None:
+        """The reader of a quantized checkpoint; None for a high-precision one."""
+        return self._quantized
 
     @property
     def weight_bytes_on_disk(self) -> int | None:
@@ -132,9 +138,9 @@ class DirectorySource:
 
     def names(self) -> list[str]:
         """Names as in the high-precision model: a quantized linear's several tensors appear as one `weight`."""
-        if not self.quantized_linears:
+        if self._quantized is None:
             return self._files.names()
-        kept = [name for name in self._files.names() if name.rpartition(".")[0] not in self.quantized_linears or name.endswith(".bias")]
+        kept = [name for name in self._files.names() if name not in self._quantized.owned]
         return kept + [f"{prefix}.weight" for prefix in sorted(self.quantized_linears)]
 
     def get(self, name: str) -> torch.Tensor:
@@ -146,8 +152,7 @@ class DirectorySource:
         """The stored integers of one linear."""
         if self._quantized is None or prefix not in self.quantized_linears:
             return None
-        quantized: QuantizedTensor = self._quantized.read(prefix)
-        return quantized
+        return self._quantized.read(prefix)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Read once, kept.
@@ -393,22 +398,11 @@ def _check_counts(raw: dict[str, Any], file: Path) -> None:
                 raise CheckpointError(f"'{file}' says {name} = {value!r}, which is no positive integer", "repair or download it again")
 
 
-def _quantized_reader(path: Path, config: PretrainedConfig) -> Any:
+def _quantized_reader(path: Path, config: PretrainedConfig) -> LinearsReader | None:
     """The reader of a checkpoint that is quantized on disk; None for a high-precision one."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
+    if getattr(config, "quantization_config", None) is None:
         return None
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    layout = quantization.get("quant_method")
-    if layout != "compressed-tensors":
-        raise UnsupportedModelError(
-            f"'{path}' is quantized in the layout '{layout}', which fewbit does not read",
-            "name the high-precision model or a compressed-tensors checkpoint",
-        )
-    from fewbit.checkpoints.compressed_tensors import CompressedTensorsReader
-
-    return CompressedTensorsReader(path)
+    return quantized_reader(path, quantization_fields(path))
 
 
 def _cut_layers(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:

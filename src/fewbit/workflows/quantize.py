@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from fewbit.checkpoints.compressed_tensors import layout_format
+from fewbit.checkpoints.layout import Layout
+from fewbit.checkpoints.registry import get_layout
 from fewbit.checkpoints.shards import MAX_SHARD_BYTES
 from fewbit.checkpoints.sources import TensorSource, open_source
 from fewbit.checkpoints.unfinished import resumable_directory
@@ -44,7 +45,6 @@ from fewbit.workflows.quantize_plan import QuantizePlan, check_kept, check_metho
 
 __all__ = ["quantize_model"]
 
-_LAYOUT = "compressed-tensors"
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _VERSIONS = ("torch", "transformers", "compressed-tensors")
 
@@ -60,12 +60,13 @@ def quantize_model(
     settings: WalkSettings | None = None,
     group_size: int | None = None,
     ignore: Sequence[str] = ("lm_head",),
+    layout: str = "compressed-tensors",
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: ProgressCallback | None = None,
     on_estimate: EstimateCallback | None = None,
 ) -> QuantizeResult:
-    """Quantize a model into a new Hugging Face directory in the compressed-tensors layout.
+    """Quantize a model into a new Hugging Face directory, or into a directory with a GGUF file.
 
     Args:
         model: a directory or a hub id; the bundled reference model when None.
@@ -75,6 +76,7 @@ def quantize_model(
         settings: calibration, gate and everything else that the numbers depend on.
         group_size: weights that share a scale, in place of an integer scheme's own.
         ignore: linears that stay in high precision: shell patterns on the dotted name or its last part.
+        layout: one of `checkpoints.registry.LAYOUTS`: who is to load it.
         overwrite: replace an existing checkpoint, and start over where another command left work.
         progress: called with (blocks done, blocks, what is being done).
         on_estimate: called before the work with what it will take; the time is estimated only for it, because that takes two seconds.
@@ -91,17 +93,18 @@ def quantize_model(
     started = time.monotonic()
     settings = settings or WalkSettings()
     settings = settings if method is None else replace(settings, method=method)
-    resolved = scheme_of_method(settings, resolve_scheme(scheme, group_size))
+    target = get_layout(layout)
+    resolved = scheme_of_method(settings, resolve_scheme(scheme, group_size, target), target)
     check_method(settings, resolved)
     source = open_source(model)
-    plan = plan_linears(source, resolved, tuple(ignore))
+    plan = plan_linears(source, resolved, tuple(ignore), target)
     if Path(out).resolve() == plan.directory.resolve():
         raise UsageError(f"'{out}' is the source itself", "name another directory")
     check_kept(source, plan)
     calibration, gate = _texts(source, settings)
     dtype = _working_dtype(settings)
     facts = _facts(settings, dtype)
-    command = _command(source, resolved, settings, plan, facts, calibration, gate, max_shard_bytes)
+    command = _command(source, resolved, settings, plan, facts, calibration, gate, max_shard_bytes, target)
     with resumable_directory(out, command, overwrite=overwrite) as work:
         if work.done:
             return replace(TypeAdapter(QuantizeResult).validate_python(work.result), out=str(out))
@@ -115,8 +118,8 @@ def quantize_model(
         decision = _gate_result(outcome.gate, gate, settings, resolved)
         if decision.outcome == "failed":
             raise _gate_failure(decision)
-        totals = write_weights(plan, work, outcome.steps, max_shard_bytes)
-        result = _result(source, str(out), resolved, settings, plan, outcome, totals, facts)
+        totals = write_weights(plan, work, outcome.steps, max_shard_bytes, target, resolved)
+        result = _result(source, str(out), resolved, settings, plan, outcome, totals, facts, target)
         result = replace(
             result,
             calibration=calibration.info if calibration is not None else None,
@@ -126,7 +129,7 @@ def quantize_model(
             peak_rss_bytes=peak_rss_bytes(),
             estimate=estimate,
         )
-        write_companions(plan, resolved, result, totals.quantized, work.checkpoint)
+        write_companions(plan, resolved, result, totals.quantized, work.checkpoint, target)
         work.finish(RECIPE_NAME, asdict(result))
     return result
 
@@ -206,6 +209,7 @@ def _command(
     calibration: CalibrationData | None,
     gate: GateText | None,
     max_shard_bytes: int,
+    layout: Layout,
 ) -> dict[str, str]:
     """What unfinished work must agree in with the command that takes it up."""
     return {
@@ -216,6 +220,7 @@ def _command(
         "calibration text": calibration.info.ids_sha256 if calibration is not None else "none",
         "gate's text": gate.ids_sha256 if gate is not None else "none",
         "shards": str(max_shard_bytes),
+        "format": layout.name,
         **facts,
     }
 
@@ -264,6 +269,7 @@ def _result(
     outcome: WalkOutcome,
     totals: TensorTotals,
     facts: dict[str, str],
+    layout: Layout,
 ) -> QuantizeResult:
     quantized = [layer for layer in outcome.layers if layer.name in totals.quantized]
     fallen_back = [layer.name for layer in outcome.layers if layer.name not in totals.quantized]
@@ -279,8 +285,8 @@ def _result(
         input_activations=str(scheme.input_activations or "BF16"),
         method=settings.recipe.text,
         observer=_observer_text(settings),
-        layout=_LAYOUT,
-        layout_format=layout_format(scheme),
+        layout=layout.name,
+        layout_format=layout.format_name(scheme),
         quantized_linears=len(quantized),
         ignored_linears=ignored,
         kept_tensors=totals.kept,

@@ -12,8 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoints.compressed_tensors import CompressedTensorsReader, quantization_config
+from fewbit.checkpoints.assemble import Feed, write_shards
+from fewbit.checkpoints.compressed_tensors import CompressedTensorsLayout, read_linear
+from fewbit.checkpoints.layout import Layout
 from fewbit.checkpoints.model_card import model_card, source_licence
+from fewbit.checkpoints.registry import quantized_reader
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles, TensorEntry
 from fewbit.checkpoints.shards import copy_into_shards
 from fewbit.checkpoints.unfinished import Unfinished
@@ -22,10 +25,21 @@ from fewbit.formats.spec import Scheme
 from fewbit.results import QuantizeResult
 from fewbit.workflows.quantize_plan import QuantizePlan
 
-__all__ = ["RECIPE_NAME", "TensorTotals", "write_companions", "write_weights"]
+__all__ = ["RECIPE_NAME", "TensorTotals", "copy_companions", "write_companions", "write_json", "write_weights"]
 
 RECIPE_NAME = "fewbit_recipe.json"
 _BUG = "this is a bug in fewbit: please report it"
+_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_codes",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_codebook",
+    "input_scale",
+)
 # What a complete directory has beside weights and config.json. No Python: fewbit neither runs nor passes on code of a checkpoint.
 _COMPANIONS = (
     "generation_config.json",
@@ -57,51 +71,87 @@ class TensorTotals:
         self.quantized: set[str] = set()
 
 
-def write_weights(plan: QuantizePlan, work: Unfinished, steps: list[str], max_shard_bytes: int) -> TensorTotals:
+def write_weights(
+    plan: QuantizePlan, work: Unfinished, steps: list[str], max_shard_bytes: int, layout: Layout, scheme: Scheme
+) -> TensorTotals:
     """Put the shards together: what the steps made, and the source's other tensors as they are.
 
     Raises:
+        FormatError: a linear that the layout cannot store.
         OutputError: a tensor of the source would be lost.
         OSError: the system refuses a write.
     """
     source, totals = SafetensorsFiles(plan.directory), TensorTotals()
     made: dict[str, TensorEntry] = {}
+    files: dict[str, SafetensorsFiles] = {}
     for step in steps:
-        files = work.tensors(step)
-        made |= {name: files.entry(name) for name in files.names()}
-    totals.quantized = {name.removesuffix(".weight_scale") for name in made if name.endswith(".weight_scale")}
-    pieces: list[tuple[str, TensorEntry]] = []
+        of_step = work.tensors(step)
+        made |= {name: of_step.entry(name) for name in of_step.names()}
+        files |= {name.removesuffix(".weight_scale"): of_step for name in of_step.names() if name.endswith(".weight_scale")}
+    totals.quantized = set(files)
+    used: set[str] = set()
     for name in source.names():
         entry = source.entry(name)
         totals.parameters += entry.nbytes // entry.dtype.itemsize
         totals.source_bytes += entry.nbytes
         prefix = name.removesuffix(".weight")
         if name.endswith(".weight") and prefix in totals.quantized:
-            pieces += _parts(prefix, made)
+            used |= {part for part, _ in _parts(prefix, made)}
         elif name in made:
-            pieces.append((name, made[name]))
+            used.add(name)
         else:
-            pieces.append((name, entry))
             totals.kept += 1
-    forgotten = set(made) - {name for name, _ in pieces}
+    forgotten = set(made) - used
     if forgotten:
         raise OutputError(f"'{min(forgotten)}' was made and belongs to no tensor of the source", _BUG)
-    totals.checkpoint_bytes = copy_into_shards(work.checkpoint, pieces, max_shard_bytes)
-    written = SafetensorsFiles(work.checkpoint)
-    lost = [name for name, _ in pieces if name not in written]
-    if lost:
-        raise OutputError(f"tensor '{lost[0]}' is missing in what was written", _BUG)
+    if isinstance(layout, CompressedTensorsLayout):  # the steps are in this layout already: their bytes are copied
+        totals.checkpoint_bytes = _copy(source, made, totals.quantized, work.checkpoint, max_shard_bytes)
+        return totals
+
+    def entry_of(name: str) -> TensorEntry:
+        return made.get(name) or source.entry(name)
+
+    feed = Feed(
+        names=source.names(),
+        quantized=frozenset(totals.quantized),
+        shape=lambda name: source.entry(name).shape,
+        dense=lambda name: work.tensors(_step_of(name, made)).get(name) if name in made else source.get(name),
+        entry=entry_of,
+        linear=lambda prefix: read_linear(files[prefix], prefix, scheme),
+    )
+    totals.checkpoint_bytes = write_shards(feed, layout, scheme, work.checkpoint, work.scratch / "spool", max_shard_bytes)
     return totals
+
+
+def _step_of(name: str, made: Mapping[str, TensorEntry]) -> str:
+    return made[name].file.stem
+
+
+def _copy(source: SafetensorsFiles, made: Mapping[str, TensorEntry], quantized: set[str], out: Path, max_shard_bytes: int) -> int:
+    """Shards out of tensors that are in their final form already."""
+    pieces: list[tuple[str, TensorEntry]] = []
+    for name in source.names():
+        prefix = name.removesuffix(".weight")
+        if name.endswith(".weight") and prefix in quantized:
+            pieces += _parts(prefix, made)
+        else:
+            pieces.append((name, made[name] if name in made else source.entry(name)))
+    total = copy_into_shards(out, pieces, max_shard_bytes)
+    written = SafetensorsFiles(out)
+    lost = next((name for name, _ in pieces if name not in written), None)
+    if lost is not None:
+        raise OutputError(f"tensor '{lost}' is missing in what was written", _BUG)
+    return total
 
 
 def _parts(prefix: str, made: Mapping[str, TensorEntry]) -> Iterator[tuple[str, TensorEntry]]:
     """The tensors of one quantized linear; its bias, if it has one, is a tensor of its own."""
-    for part in ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale"):
+    for part in _PARTS:
         if f"{prefix}.{part}" in made:
             yield f"{prefix}.{part}", made[f"{prefix}.{part}"]
 
 
-def write_companions(plan: QuantizePlan, scheme: Scheme, result: QuantizeResult, quantized: set[str], out: Path) -> None:
+def write_companions(plan: QuantizePlan, scheme: Scheme, result: QuantizeResult, quantized: set[str], out: Path, layout: Layout) -> None:
     """config.json, tokenizer, chat template, generation configuration, model card and recipe.
 
     Args:
@@ -112,20 +162,31 @@ def write_companions(plan: QuantizePlan, scheme: Scheme, result: QuantizeResult,
         OutputError: what was written does not read back.
         OSError: the system refuses a write.
     """
-    for pattern in _COMPANIONS:
-        for path in plan.directory.glob(pattern):
-            if path.is_file() and path.suffix != ".py":
-                shutil.copyfile(path, out / path.name)
-    if (plan.directory / "additional_chat_templates").is_dir():
-        shutil.copytree(plan.directory / "additional_chat_templates", out / "additional_chat_templates")
+    copy_companions(plan.directory, out)
     config = json.loads((plan.directory / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(scheme, result.ignored_linears)
-    _write_json(out / "config.json", config)
-    if set(CompressedTensorsReader(out).linears) != quantized:
+    config["quantization_config"] = fields = layout.config_fields(scheme, result.ignored_linears)
+    write_json(out / "config.json", config)
+    for name, content in layout.companions(scheme, result.ignored_linears).items():
+        write_json(out / name, content)
+    if set(quantized_reader(out, fields).linears) != quantized:
         raise OutputError(f"'{out}' does not read back as it was written", _BUG)
     versions = {name: result.settings[name] for name in ("fewbit", "torch", "compressed-tensors")}
     (out / "README.md").write_text(model_card(result, versions=versions, licence=source_licence(plan.directory)), encoding="utf-8")
-    _write_json(out / RECIPE_NAME, {"schema_version": 1, "versions": versions, "scheme": asdict(scheme), "result": _timeless(result)})
+    write_json(out / RECIPE_NAME, {"schema_version": 1, "versions": versions, "scheme": asdict(scheme), "result": _timeless(result)})
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Tokenizer, chat template, generation configuration and licence of a model directory, as they are.
+
+    Raises:
+        OSError: the system refuses a write.
+    """
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file() and path.suffix != ".py":
+                shutil.copyfile(path, out / path.name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", out / "additional_chat_templates")
 
 
 def _timeless(result: QuantizeResult) -> dict[str, Any]:
@@ -139,5 +200,10 @@ def _timeless(result: QuantizeResult) -> dict[str, Any]:
     return fields
 
 
-def _write_json(path: Path, fields: object) -> None:
+def write_json(path: Path, fields: object) -> None:
+    """A JSON file for people and programs.
+
+    Raises:
+        OSError: the system refuses the write.
+    """
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fewbit.checkpoints.compressed_tensors import layout_format, supports
+from fewbit.checkpoints.compressed_tensors import CompressedTensorsLayout
+from fewbit.checkpoints.layout import Layout, same_but_scales
 from fewbit.checkpoints.sources import TensorSource
 from fewbit.errors import FormatError, UnsupportedModelError, UsageError
 from fewbit.formats.grouping import scale_shape
@@ -25,6 +26,8 @@ from fewbit.walk.settings import WalkSettings
 from fewbit.walk.skeleton import check_values
 
 __all__ = ["QuantizePlan", "check_kept", "check_method", "plan_linears", "resolve_scheme", "scheme_of_method"]
+
+_DEFAULT = CompressedTensorsLayout()
 
 
 @dataclass(frozen=True)
@@ -47,36 +50,37 @@ class QuantizePlan:
     notes: list[str]
 
 
-def resolve_scheme(scheme: str | Scheme, group_size: int | None) -> Scheme:
-    """The scheme with another group size put in.
+def resolve_scheme(scheme: str | Scheme, group_size: int | None, layout: Layout = _DEFAULT) -> Scheme:
+    """The scheme as the layout stores it, with another group size put in.
 
     Raises:
         UsageError: an unknown scheme, one that the layout lacks, or one without a choice of group size.
         FormatError: an impossible group size.
     """
     resolved = get_scheme(scheme) if isinstance(scheme, str) else scheme
-    reason = supports(resolved)
+    if group_size is not None and (resolved.weights is None or group_size != resolved.weights.group_size):
+        resolved = _regrouped(resolved, group_size)
+    reason = layout.supports(resolved)
     if reason is not None:
-        raise UsageError(f"scheme {resolved.name} cannot be written: {reason}", "choose another scheme, or run it without a checkpoint")
-    spec = resolved.weights
-    assert spec is not None
-    if spec.scale_dtype == "float32":
-        # Loaders keep this layout's scales in the model's dtype. Rounded here, before the integers are computed, they lose nothing there.
-        spec = replace(spec, scale_dtype="bfloat16")
-        resolved = replace(resolved, weights=spec)
-    if group_size is None or group_size == spec.group_size:
-        return resolved
-    if spec.type != "int" or resolved.input_activations is not None:
+        remedy = "choose another scheme or another --format, or run it without a checkpoint"
+        raise UsageError(f"scheme {resolved.name} cannot be written: {reason}", remedy)
+    # Scales are rounded to the dtype of the layout before the integers are computed with them, so they lose nothing when they are written.
+    return layout.stored(resolved)
+
+
+def _regrouped(scheme: Scheme, group_size: int) -> Scheme:
+    spec = scheme.weights
+    if spec is None or spec.type != "int" or scheme.input_activations is not None:
         raise UsageError(
-            f"scheme {resolved.name} has no choice of group size", "leave the group size out, or take an integer weight-only scheme"
+            f"scheme {scheme.name} has no choice of group size", "leave the group size out, or take an integer weight-only scheme"
         )
-    regrouped = replace(resolved, name="", weights=replace(spec, strategy="group", group_size=group_size))
-    base = resolved.name.split("-G")[0].removesuffix("-CHANNEL")
-    presets = (preset.name for preset in SCHEMES.values() if replace(preset, name="") == regrouped)
+    regrouped = replace(scheme, name="", weights=replace(spec, strategy="group", group_size=group_size))
+    base = scheme.name.split("-G")[0].removesuffix("-CHANNEL")
+    presets = (preset.name for preset in SCHEMES.values() if same_but_scales(preset, regrouped))
     return replace(regrouped, name=next(presets, f"{base}-G{group_size}"))
 
 
-def scheme_of_method(settings: WalkSettings, scheme: Scheme) -> Scheme:
+def scheme_of_method(settings: WalkSettings, scheme: Scheme, layout: Layout = _DEFAULT) -> Scheme:
     """LLM.int8() is a format of the inputs: named as a method, it turns INT8 schemes into the one that has it.
 
     Raises:
@@ -84,7 +88,7 @@ def scheme_of_method(settings: WalkSettings, scheme: Scheme) -> Scheme:
     """
     if settings.recipe.rounding != "llm_int8":
         return scheme
-    wanted = resolve_scheme("LLM-INT8", None)
+    wanted = resolve_scheme("LLM-INT8", None, layout)
     if scheme.weights != wanted.weights or settings.recipe.text != "llm_int8":
         raise UsageError(
             f"llm_int8 needs INT8 weights per channel and goes with no other method, not {scheme.name}", "choose W8A8 or LLM-INT8"
@@ -114,12 +118,10 @@ def check_method(settings: WalkSettings, scheme: Scheme) -> None:
             f"hqq chooses scales and zero points of integers, and {scheme.name} has none", "choose rtn or gptq for this scheme"
         )
     if recipe.rounding in ("gptq", "gptaq") and settings.gptq.actorder == "dynamic":
-        raise UsageError(
-            "the column order 'dynamic' needs a group index per column, which this layout does not store", "choose static or none"
-        )
+        raise UsageError("the column order 'dynamic' needs a group index per column, which runtimes refuse", "choose static or none")
 
 
-def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str]) -> QuantizePlan:
+def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str], layout: Layout = _DEFAULT) -> QuantizePlan:
     """Choose the linears to quantize.
 
     Args:
@@ -136,9 +138,7 @@ def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str]) ->
         raise UsageError(f"'{source.describe()}' is quantized already ({source.scheme.name})", "name the model in high precision")
     empty = build_empty_model(source.config)
     if any(isinstance(module, Conv1D) for module in empty.modules()):
-        raise UnsupportedModelError(
-            f"'{source.describe()}' has Conv1D layers, which no layout of compressed-tensors holds", "choose another model"
-        )
+        raise UnsupportedModelError(f"'{source.describe()}' has Conv1D layers, which no layout holds", "choose another model")
     linears = {name: (m.out_features, m.in_features) for name, m in empty.named_modules() if isinstance(m, nn.Linear)}
     for pattern in ignore:
         if pattern != "lm_head" and not any(is_ignored(name, (pattern,)) for name in linears):
@@ -150,6 +150,7 @@ def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str]) ->
             f"'{source.describe()}' stores '{parameter}' in pieces that the model joins ({names.merged[parameter][0]}, ...)",
             "such a checkpoint cannot be written yet; compare, evaluate, bench and generate read it",
         )
+    assert scheme.weights is not None
     targets = {name: shape for name, shape in linears.items() if not is_ignored(name, ignore) and not is_router(name)}
     if not targets:
         raise UsageError("every linear is ignored, nothing would be quantized", "ignore fewer linears")
@@ -160,6 +161,7 @@ def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str]) ->
                 "it is tied or stored under another name: leave this linear out",
             )
         _check_fits(name, scheme.weights, rows, columns)
+        layout.check_shape(name, rows, columns, scheme.weights)
     tied = {name for pair in empty.all_tied_weights_keys.items() for name in pair}
     missing = next((name for name, _ in empty.named_parameters() if name not in names.single and name not in tied), None)
     if missing is not None:
@@ -170,10 +172,10 @@ def plan_linears(source: TensorSource, scheme: Scheme, ignore: Sequence[str]) ->
     left_out += [name for name, _ in empty.named_modules() if is_router(name) and name not in linears]
     left_out += [names.prefix(name) for name in left_out if names.prefix(name) != name]
     left_out += [name.removesuffix(".weight") for name in names.unknown if name.endswith(".weight")]
-    return QuantizePlan(source.directory, targets, names, left_out, _notes(empty, scheme))
+    return QuantizePlan(source.directory, targets, names, left_out, _notes(empty, scheme, layout))
 
 
-def _notes(model: nn.Module, scheme: Scheme) -> list[str]:
+def _notes(model: nn.Module, scheme: Scheme, layout: Layout) -> list[str]:
     """What a mixture of experts means for this scheme."""
     stacked = [(name, p.numel()) for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in f".{name}"]
     notes = []
@@ -182,13 +184,14 @@ def _notes(model: nn.Module, scheme: Scheme) -> list[str]:
             f"the experts stay in high precision: {sum(n for _, n in stacked):,} parameters in stacked tensors of a kind that is not known "
             f"({stacked[0][0]}, ...)"
         )
-    reason = _unread_experts(scheme) if any(expert_lists(model)) else ""
+    known = any(expert_lists(model)) and layout.name == _DEFAULT.name
+    reason = _unread_experts(scheme, layout.format_name(scheme)) if known else ""
     return [*notes, reason] if reason else notes
 
 
-def _unread_experts(scheme: Scheme) -> str:
+def _unread_experts(scheme: Scheme, layout: str) -> str:
     """Why transformers 5 does not read experts in this format, though it reads dense layers; empty when it does."""
-    spec, layout = scheme.weights, layout_format(scheme)
+    spec = scheme.weights
     assert spec is not None
     if layout == "nvfp4-pack-quantized":
         return (
