@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from fewbit.methods.rtn import rtn
     from fewbit.methods.statistics import InputStatistics
     from fewbit.report.results_file import read_results
-    from fewbit.results import CompareResults, Environment, EvaluateResults, QuantizeResult
+    from fewbit.results import CompareResults, ConvertResult, Environment, EvaluateResults, QuantizeResult
     from fewbit.runtime.config import QuantizationConfig
     from fewbit.runtime.generate import generate
     from fewbit.runtime.load import LoadedModel, load_model
     from fewbit.walk.settings import CalibrationChoice, GateChoice, WalkSettings
     from fewbit.workflows.bench import bench as bench_model
     from fewbit.workflows.compare import CompareSettings, compare
+    from fewbit.workflows.convert import convert_checkpoint
     from fewbit.workflows.environment import environment
     from fewbit.workflows.evaluate import evaluate as evaluate_model
     from fewbit.workflows.formats import describe_formats
@@ -44,6 +45,7 @@ __all__ = [
     "CalibrationChoice",
     "CompareResults",
     "CompareSettings",
+    "ConvertResult",
     "Environment",
     "EvaluateResults",
     "FewbitError",
@@ -61,6 +63,7 @@ __all__ = [
     "bench_model",
     "build_report",
     "compare",
+    "convert_checkpoint",
     "dequantize",
     "describe_formats",
     "environment",
@@ -86,6 +89,7 @@ _HOMES = {
     "CalibrationChoice": "fewbit.walk.settings:CalibrationChoice",
     "CompareResults": "fewbit.results:CompareResults",
     "CompareSettings": "fewbit.workflows.compare:CompareSettings",
+    "ConvertResult": "fewbit.results:ConvertResult",
     "Environment": "fewbit.results:Environment",
     "EvaluateResults": "fewbit.results:EvaluateResults",
     "FewbitError": "fewbit.errors:FewbitError",
@@ -102,6 +106,7 @@ _HOMES = {
     "bench_model": "fewbit.workflows.bench:bench",
     "build_report": "fewbit.workflows.report:build_report",
     "compare": "fewbit.workflows.compare:compare",
+    "convert_checkpoint": "fewbit.workflows.convert:convert_checkpoint",
     "dequantize": "fewbit.formats.quantize:dequantize",
     "describe_formats": "fewbit.workflows.formats:describe_formats",
     "environment": "fewbit.workflows.environment:environment",

@@ -343,6 +343,31 @@ def quantize(
     _print_json(result) if json else render_quantize(result, _console(), verbose=verbose)
 
 
+@app.command(epilog=_example("fewbit convert quantized/w4a16 --format gptq --out quantized/w4a16-gptq"))
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A quantized checkpoint: a directory, a GGUF file or a hub id.")],
+    *,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao, modelopt; dense or dense-float32 to dequantize.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory; it appears when it is whole.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a quantized checkpoint in another layout with the same integers; say exactly what is lost, if anything is."""
+    from fewbit.report.convert_table import render_convert
+    from fewbit.workflows.convert import convert_checkpoint
+
+    with _progress(quiet=json) as progress:
+        result = convert_checkpoint(model, layout=layout, out=out, overwrite=overwrite, progress=progress)
+    _print_json(result) if json else render_convert(result, _console())
+
+
 @app.command(epilog=_example("fewbit generate --prompt 'def fibonacci(n):' --scheme W8A16"))
 def generate(
     model: ModelArgument = None,

@@ -22,7 +22,7 @@ from fewbit.formats.tensor import QuantizedTensor
 from fewbit.methods.rtn import rtn
 
 INVENTORIES: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "inventories.json").read_text())
-DIRECTORIES = [name for name in LAYOUTS if not get_layout(name).single_file]
+DIRECTORIES = [name for name in LAYOUTS if not get_layout(name).single_file and not name.startswith("dense")]
 WRITABLE = [(name, scheme) for name in DIRECTORIES for scheme in SCHEMES.values() if get_layout(name).supports(scheme) is None]
 NAMES = {
     torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16",

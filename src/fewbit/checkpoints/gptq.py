@@ -236,7 +236,8 @@ class GptqReader(LinearsReader):
                     "config.json says sym or checkpoint_format wrongly: versions 1 and 2 of GPTQ differ by one in the zero points",
                 )
             return None
-        return (codes.to(torch.int16) - half).to(torch.int8).T.contiguous()
+        signed: torch.Tensor = (codes.to(torch.int16) - half).to(torch.int8)
+        return signed.T.contiguous()
 
     def _columns(self, prefix: str, columns: int, groups: int) -> torch.Tensor | None:
         """The group of each column; None when columns are in order."""

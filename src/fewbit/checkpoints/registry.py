@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewbit.checkpoints.layout import Layout, LinearsReader
 from fewbit.errors import UnsupportedModelError, UsageError
 
@@ -22,6 +24,8 @@ LAYOUTS: Mapping[str, tuple[str, str, tuple[Any, ...]]] = {
     "gptq": ("gptq", "GptqLayout", (1,)),
     "gptq_v2": ("gptq", "GptqLayout", (2,)),
     "awq": ("awq", "AwqLayout", ()),
+    "dense": ("dense", "DenseLayout", (torch.bfloat16,)),
+    "dense-float32": ("dense", "DenseLayout", (torch.float32,)),
 }
 
 # quant_method -> module:class

@@ -48,8 +48,14 @@ class TensorSource(Protocol):
         quantized_linears: dotted names of the linears that are stored so.
         directory: the Hugging Face directory; None when there is none.
         weight_bytes_on_disk: of the weight files; None when there are none.
+        layout: how it lies on disk: `none` in high precision, `gptq`, ...
+        notes: what of the checkpoint is not carried out here, one line each.
     """
 
+    @property
+    def layout(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     @property
     def config(self) -> PretrainedConfig: ...
     @property
@@ -63,6 +69,10 @@ class TensorSource(Protocol):
 
     def names(self) -> list[str]:
         """The tensors' names, in the order that reads fastest."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, without reading it; of a quantized one as the model has it."""
         ...
 
     def get(self, name: str) -> torch.Tensor:
@@ -127,6 +137,21 @@ class DirectorySource:
         return self._quantized.scheme if self._quantized else None
 
     @property
+    def layout(self) -> str:
+        """`none`, or what config.json calls `quant_method`."""
+        return str(self._quantized.fields["quant_method"]) if self._quantized else "none"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The reader's."""
+        return self._quantized.notes if self._quantized else ()
+
+    @property
+    def files(self) -> SafetensorsFiles:
+        """The weight files."""
+        return self._files
+
+    @property
     def reader(self) -> LinearsReader | None:
         """The reader of a quantized checkpoint; None for a high-precision one."""
         return self._quantized
@@ -142,6 +167,14 @@ class DirectorySource:
             return self._files.names()
         kept = [name for name in self._files.names() if name not in self._quantized.owned]
         return kept + [f"{prefix}.weight" for prefix in sorted(self.quantized_linears)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the header; of a quantized weight, once it was read."""
+        prefix = name.removesuffix(".weight")
+        if name.endswith(".weight") and prefix in self.quantized_linears:
+            assert self._quantized is not None
+            return self._quantized.read(prefix).shape
+        return self._files.shape(name)
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor; a quantized weight is dequantized to float32."""
@@ -209,6 +242,8 @@ class RandomSource:
     quantized_linears: frozenset[str] = frozenset()
     directory = None
     weight_bytes_on_disk = None
+    layout = "none"
+    notes: tuple[str, ...] = ()
 
     _BLOCK = 1_048_583  # a prime
 
@@ -225,6 +260,10 @@ class RandomSource:
     def names(self) -> list[str]:
         """In the model's order."""
         return list(self._meta)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's."""
+        return tuple(self._meta[name].shape)
 
     def get(self, name: str) -> torch.Tensor:
         """BF16."""
@@ -301,6 +340,20 @@ class RenamedSource:
     def names(self) -> list[str]:
         """In the source's order."""
         return [self._model.get(name, name) for name in self._source.names()]
+
+    @property
+    def layout(self) -> str:
+        """The source's."""
+        return self._source.layout
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The source's."""
+        return self._source.notes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's by the model's name."""
+        return self._source.shape(self._disk.get(name, name))
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor by the model's name."""

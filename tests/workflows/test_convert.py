@@ -1,0 +1,83 @@
+"""`fewbit convert`: identical numbers where grids are equal, refusals where they are not, and the losses told."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbit.checkpoints.safetensors_files import SafetensorsFiles
+from fewbit.checkpoints.sources import open_source
+from fewbit.errors import OutputError, UsageError
+from fewbit.formats.quantize import dequantize
+from fewbit.walk.settings import GateChoice, WalkSettings
+from fewbit.workflows.convert import convert_checkpoint
+from fewbit.workflows.quantize import quantize_model
+
+NO_GATE = WalkSettings(gate=GateChoice(False))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("made")
+    for scheme in ("W4A16-G32", "W4A16-ASYM", "W8A8", "NVFP4"):
+        quantize_model(tiny_llama_dir, scheme=scheme, out=root / scheme, settings=NO_GATE)
+    quantize_model(tiny_llama_dir, scheme="W4A16-G32", out=root / "gptq", layout="gptq", settings=NO_GATE)
+    return {path.name: path for path in root.iterdir()}
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    source = open_source(directory)
+    return {name: source.get(name).float() for name in source.names()}
+
+
+@pytest.mark.parametrize("chain", list(permutations(("gptq", "awq", "compressed-tensors"), 2)), ids="-".join)
+def test_there_and_back_is_byte_identical(chain: tuple[str, str], made: dict[str, Path], tmp_path: Path) -> None:
+    first = convert_checkpoint(made["gptq"], layout=chain[0], out=tmp_path / "a")
+    second = convert_checkpoint(tmp_path / "a", layout=chain[1], out=tmp_path / "b")
+    third = convert_checkpoint(tmp_path / "b", layout=chain[0], out=tmp_path / "c")
+    assert first.losses == second.losses == third.losses == []
+    one, other = SafetensorsFiles(tmp_path / "a"), SafetensorsFiles(tmp_path / "c")
+    assert one.sha256() == other.sha256()
+    before, after = weights(made["gptq"]), weights(tmp_path / "b")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_bf16_scale_is_kept_where_fp16_holds_it_and_counted_where_not(made: dict[str, Path], tmp_path: Path) -> None:
+    result = convert_checkpoint(made["W4A16-ASYM"], layout="gptq", out=tmp_path / "gptq")
+    assert result.layout_format == "gptq_v2" and result.scales > 0
+    before, after = weights(made["W4A16-ASYM"]), weights(tmp_path / "gptq")
+    changed = sum(not torch.equal(before[name], after[name]) for name in before)
+    assert (changed > 0) == (result.rounded_scales > 0) == bool(result.losses)
+
+
+def test_formats_of_inputs_that_the_target_lacks_are_told(made: dict[str, Path], tmp_path: Path) -> None:
+    result = convert_checkpoint(made["W8A8"], layout="gptq", out=tmp_path / "gptq")
+    assert result.scheme == "W8A16" and "inputs" in result.losses[0]
+
+
+def test_dense_holds_the_dequantized_weights(made: dict[str, Path], tmp_path: Path) -> None:
+    convert_checkpoint(made["NVFP4"], layout="dense-float32", out=tmp_path / "dense")
+    source, dense = open_source(made["NVFP4"]), open_source(tmp_path / "dense")
+    assert dense.scheme is None
+    for prefix in source.quantized_linears:
+        q = source.get_quantized(prefix)
+        assert q is not None and torch.equal(dense.get(f"{prefix}.weight"), dequantize(q))
+
+
+def test_another_grid_is_refused_and_nothing_is_left(made: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"without rounding the weights again.*compressed-tensors"):
+        convert_checkpoint(made["NVFP4"], layout="gptq", out=tmp_path / "gptq")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_in_the_way_is_not_touched(made: dict[str, Path], tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not quantized"):
+        convert_checkpoint(tiny_llama_dir, layout="gptq", out=tmp_path / "x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(OutputError):
+        convert_checkpoint(made["gptq"], layout="awq", out=tmp_path / "full", overwrite=True)
+    assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
