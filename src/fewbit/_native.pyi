@@ -87,7 +87,7 @@ def set_threads(count: int) -> None:
     """
 
 def int_instruction_sets() -> list[str]:
-    """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `avx-vnni`, `avx2`, `portable`."""
+    """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `portable`."""
 
 class Linear:
     """A weight [out_features, in_features] in its packed form. Shares the memory of the tensors it was made from and keeps them alive."""

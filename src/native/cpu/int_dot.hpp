@@ -51,8 +51,6 @@ struct IntKernels {
 
 const IntKernels &int_kernels_portable();
 #if defined(__x86_64__)
-const IntKernels &int_kernels_avx2();
-const IntKernels &int_kernels_avx_vnni();
 const IntKernels &int_kernels_avx512_vnni();
 #endif
 

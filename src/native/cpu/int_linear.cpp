@@ -5,8 +5,18 @@
 namespace fewbit {
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx512_vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
 std::vector<const IntKernels *> available() {
     std::vector<const IntKernels *> found;
+#if defined(__x86_64__)
+    if (has_avx512_vnni()) found.push_back(&int_kernels_avx512_vnni());
+#endif
     found.push_back(&int_kernels_portable());
     return found;
 }

@@ -31,6 +31,7 @@ struct Input {
     const std::int8_t *codes = nullptr;  // int8_groups: [rows, groups * group]; 64 bytes and more may be read behind the last
     const float *scales = nullptr;       // [rows, groups]; NaN where a value of the group is NaN or infinite
     const std::int32_t *sums = nullptr;  // [rows, groups], of the codes
+    const std::int32_t *starts = nullptr; // [rows, groups], -8 * sums: where the sums of unsigned INT4 codes with offset 8 start
     std::size_t groups = 0;              // int8_groups
 };
 

@@ -54,9 +54,11 @@ void PreparedInput::reshape(const InputFormat &format, std::size_t rows, std::si
     codes_.reserve(rows * input_.groups * format.group);
     scales_.reserve(rows * input_.groups * sizeof(float));
     sums_.reserve(rows * input_.groups * sizeof(std::int32_t));
+    starts_.reserve(rows * input_.groups * sizeof(std::int32_t));
     input_.codes = static_cast<const std::int8_t *>(codes_.data());
     input_.scales = static_cast<const float *>(scales_.data());
     input_.sums = static_cast<const std::int32_t *>(sums_.data());
+    input_.starts = static_cast<const std::int32_t *>(starts_.data());
 }
 
 void PreparedInput::fill(const Rows &x, const Norm &norm, std::size_t thread, std::size_t threads) {
@@ -104,8 +106,10 @@ void PreparedInput::quantize(std::size_t row, std::size_t group, const float *va
     const InputFormat &format = input_.format;
     const std::size_t at = row * input_.groups + group;
     std::int8_t *codes = static_cast<std::int8_t *>(codes_.data()) + at * format.group;
-    static_cast<std::int32_t *>(sums_.data())[at] = row_kernels().quantize(
-        values, count, format.group, format.range, format.static_scale, codes, static_cast<float *>(scales_.data()) + at);
+    float *scale = static_cast<float *>(scales_.data()) + at;
+    const std::int32_t sum = row_kernels().quantize(values, count, format.group, format.range, format.static_scale, codes, scale);
+    static_cast<std::int32_t *>(sums_.data())[at] = sum;
+    static_cast<std::int32_t *>(starts_.data())[at] = -8 * sum;
 }
 
 void PreparedInput::refer(const Rows &x) {
@@ -121,6 +125,7 @@ Input PreparedInput::rows(std::size_t begin, std::size_t count) const {
         part.codes += begin * part.groups * part.format.group;
         part.scales += begin * part.groups;
         part.sums += begin * part.groups;
+        part.starts += begin * part.groups;
     }
     return part;
 }

@@ -72,7 +72,7 @@ class PreparedInput {
     void refer(const Rows &x);
 
     Input input_;
-    AlignedBuffer values_, codes_, scales_, sums_, scratch_;
+    AlignedBuffer values_, codes_, scales_, sums_, starts_, scratch_;
 };
 
 } // namespace fewbit

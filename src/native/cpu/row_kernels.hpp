@@ -20,8 +20,5 @@ struct RowKernels {
 };
 
 const RowKernels &row_kernels_portable();
-#if defined(__x86_64__)
-const RowKernels &row_kernels_avx512();
-#endif
 
 } // namespace fewbit
