@@ -114,6 +114,16 @@ class Linear:
             ValueError: shapes, strides or dtypes that do not fit.
         """
 
+def multiply_in_turn(linears: list[Linear], x: torch.Tensor, y: list[torch.Tensor]) -> None:
+    """y[i] = x @ W_i.T for one linear after the other, without leaving C++: what a decode step costs in products.
+
+    Args:
+        x: [rows, in], float32 or bfloat16; rows may be apart. y: float32 [rows, out] each, contiguous, filled in.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+
 def int_linear(
     codes: torch.Tensor,
     scales: torch.Tensor,

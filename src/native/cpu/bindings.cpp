@@ -2,6 +2,7 @@
 
 #include "apply.hpp"
 #include "int_linear.hpp"
+#include "sequence.hpp"
 #include "thread_pool.hpp"
 
 #include <nanobind/ndarray.h>
@@ -47,6 +48,20 @@ void apply_linear(const Linear &linear, const Matrix &x, const Matrix &y, const 
     apply(linear, rows, y.data(), y_type, std::size_t(y.stride(0)), bias ? bias->data() : nullptr);
 }
 
+void multiply_all(const std::vector<const Linear *> &linears, const Matrix &x, const std::vector<Array<float, 2>> &y) {
+    check(x.stride(1) == 1 || x.shape(1) == 1, "the columns of x are not next to each other");
+    check(x.stride(0) >= 0 && linears.size() == y.size(), "as many results as linears are needed");
+    std::vector<float *> results;
+    for (std::size_t i = 0; i < linears.size(); ++i) {
+        check(linears[i] != nullptr && linears[i]->in_features == x.shape(1), "x has not in_features columns");
+        check(y[i].shape(0) == x.shape(0) && y[i].shape(1) == linears[i]->out_features, "y is not [rows of x, out_features]");
+        results.push_back(y[i].data());
+    }
+    const Rows rows{x.data(), type_of(x.dtype()), x.shape(0), x.shape(1), std::size_t(x.stride(0))};
+    nb::gil_scoped_release released;
+    multiply_in_turn(linears, rows, results);
+}
+
 std::unique_ptr<Linear> int_linear(const Array<const std::uint8_t, 3> &codes, const Flat &scales,
                                    const std::optional<Array<const std::int8_t, 3>> &zeros, std::size_t out_features,
                                    std::size_t in_features, std::size_t group, int bits, float range, float static_scale,
@@ -85,6 +100,8 @@ void bind_cpu(nb::module_ &m) {
     m.def("threads", &threads, "Threads of the CPU kernels.");
     m.def("set_threads", &set_threads, "count"_a, nb::call_guard<nb::gil_scoped_release>(), "Replace the threads of the CPU kernels.");
     m.def("int_instruction_sets", &int_instruction_sets, "Instruction sets for integer products on this CPU, the best first.");
+
+    m.def("multiply_in_turn", &multiply_all, "linears"_a, "x"_a, "y"_a);
 
     nb::class_<Linear>(m, "Linear", nb::is_weak_referenceable())
         .def_prop_ro("out_features", [](const Linear &linear) { return linear.out_features; })
