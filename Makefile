@@ -18,10 +18,10 @@ BIN := .venv/bin
 STAMP := .venv/.fewbit-setup
 NATIVE := CMakeLists.txt $(wildcard src/native/*)
 
-.PHONY: help setup compare test check format wheel schema docs bench lock clean
+.PHONY: help setup compare test runtimes check format wheel schema docs bench lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(STAMP) ## .venv with torch, fewbit (editable) and the tools for checks and tests
 
@@ -37,6 +37,9 @@ compare: setup ## the bundled model, and Qwen2.5-1.5B shapes for speed; results 
 
 test: setup ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+
+runtimes: setup ## the environments of vLLM, llama.cpp, transformers and OpenVINO in FEWBIT_ENVS (~/.cache/fewbit/envs), for verify
+	$(BIN)/python scripts/runtimes/environments.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 check: setup ## lint, format, types, layers
 	$(BIN)/ruff check .

@@ -115,7 +115,26 @@ def _protocol(protocol: Protocol) -> str:
     return f"{few}{cut} {protocol.context_length} tokens (the model's own length when that is smaller){start}"
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_page, "reference.md": reference_page}
+def runtimes_page() -> str:
+    """docs/runtimes.md: which checkpoints which runtimes load."""
+    from fewbit.checkpoints.runtimes import kinds, runtimes
+
+    rows = [
+        (kind.title, *("yes" if (reason := kind.reason_against(r.name)) is None else f"no: {reason}" for r in runtimes()))
+        for kind in kinds().values()
+    ]
+    parts = [
+        "# Checkpoints and runtimes",
+        NOTICE,
+        "Which checkpoints these programs load on a machine without a GPU. `fewbit verify DIR` lets the installed ones load a checkpoint "
+        "and compares what they compute; `make runtimes` installs them.",
+        table(("runtime", "versions"), ((r.title, r.versions) for r in runtimes())),
+        table(("checkpoint", *(r.title for r in runtimes())), rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_page, "reference.md": reference_page, "runtimes.md": runtimes_page}
 
 
 def main() -> int:

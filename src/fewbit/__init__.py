@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fewbit.methods.rtn import rtn
     from fewbit.methods.statistics import InputStatistics
     from fewbit.report.results_file import read_results
-    from fewbit.results import CompareResults, ConvertResult, Environment, EvaluateResults, QuantizeResult
+    from fewbit.results import CompareResults, ConvertResult, Environment, EvaluateResults, QuantizeResult, VerifyResult
     from fewbit.runtime.config import QuantizationConfig
     from fewbit.runtime.generate import generate
     from fewbit.runtime.load import LoadedModel, load_model
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fewbit.workflows.kernels import list_kernels
     from fewbit.workflows.quantize import quantize_model
     from fewbit.workflows.report import build_report
+    from fewbit.workflows.verify import verify_checkpoint
 
 __all__ = [
     "SCHEMES",
@@ -58,6 +59,7 @@ __all__ = [
     "QuantizeResult",
     "QuantizedTensor",
     "Scheme",
+    "VerifyResult",
     "WalkSettings",
     "__version__",
     "bench_model",
@@ -79,6 +81,7 @@ __all__ = [
     "quantize_model",
     "read_results",
     "rtn",
+    "verify_checkpoint",
 ]
 
 __version__ = "0.1.0"
@@ -102,6 +105,7 @@ _HOMES = {
     "QuantizeResult": "fewbit.results:QuantizeResult",
     "QuantizedTensor": "fewbit.formats.tensor:QuantizedTensor",
     "Scheme": "fewbit.formats.spec:Scheme",
+    "VerifyResult": "fewbit.results:VerifyResult",
     "WalkSettings": "fewbit.walk.settings:WalkSettings",
     "bench_model": "fewbit.workflows.bench:bench",
     "build_report": "fewbit.workflows.report:build_report",
@@ -122,6 +126,7 @@ _HOMES = {
     "quantize_model": "fewbit.workflows.quantize:quantize_model",
     "read_results": "fewbit.report.results_file:read_results",
     "rtn": "fewbit.methods.rtn:rtn",
+    "verify_checkpoint": "fewbit.workflows.verify:verify_checkpoint",
 }
 
 

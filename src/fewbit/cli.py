@@ -368,6 +368,40 @@ def convert(
     _print_json(result) if json else render_convert(result, _console())
 
 
+@app.command(epilog=_example("fewbit verify quantized/w4a16 --against models/mine --runtime vllm"))
+def verify(
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint by any tool: a Hugging Face directory or a GGUF file.")],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The model in high precision that it was made from.")] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="transformers, vllm, llama.cpp, openvino, none, or all that are installed (default); may be repeated."
+        ),
+    ] = None,
+    text: TextOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check a checkpoint: read and compare every tensor, let the installed runtimes load it, and see that a damaged copy fails.
+
+    The exit code is 1 when something is wrong with it.
+    """
+    from fewbit.report.verify_table import render_verify
+    from fewbit.workflows.verify import verify_checkpoint
+
+    names = [] if runtime == ["none"] else runtime or ["all"]
+    with _progress(quiet=json) as progress:
+        result = verify_checkpoint(
+            checkpoint,
+            against=against,
+            runtime_names=names,
+            texts=text or (),
+            progress=lambda what: progress(0, 1, what),
+        )
+    _print_json(result) if json else render_verify(result, _console())
+    if not result.passed:
+        raise typer.Exit(1)
+
+
 @app.command(epilog=_example("fewbit generate --prompt 'def fibonacci(n):' --scheme W8A16"))
 def generate(
     model: ModelArgument = None,

@@ -1,0 +1,117 @@
+"""`fewbit verify`: a good checkpoint passes, and each way of damaging one is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewbit.checkpoints.damage import damaged_copy
+from fewbit.checkpoints.plain import write_plain
+from fewbit.checkpoints.runtimes import get_runtime, kind_of, kinds, runtimes
+from fewbit.checkpoints.safetensors_files import SafetensorsFiles
+from fewbit.checkpoints.sources import open_source
+from fewbit.errors import UnsupportedModelError, UsageError
+from fewbit.formats.digest import digest
+from fewbit.walk.settings import GateChoice, WalkSettings
+from fewbit.workflows.foreign.environments import interpreter
+from fewbit.workflows.quantize import quantize_model
+from fewbit.workflows.verify import verify_checkpoint
+
+LINEAR = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def w4(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("verify") / "w4"
+    quantize_model(tiny_llama_dir, scheme="W4A16-G32", out=out, settings=WalkSettings(gate=GateChoice(enabled=False)))
+    return out
+
+
+def test_a_good_checkpoint_has_no_problems(w4: Path, tiny_llama_dir: Path) -> None:
+    result = verify_checkpoint(w4, against=tiny_llama_dir, runtime_names=())
+    assert result.passed and not result.problems
+    assert result.linears == 14 and result.kind == "compressed-tensors W4A16, symmetric" and result.compared_with == ["source"]
+
+
+def test_damaged_scales_are_found_and_named(w4: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    copy = damaged_copy(w4, LINEAR, tmp_path / "damaged")
+    result = verify_checkpoint(copy, against=tiny_llama_dir, runtime_names=())
+    assert not result.passed
+    assert len(result.problems) == 1 and LINEAR in result.problems[0]
+
+
+def test_a_recorded_digest_that_differs_is_found(w4: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(w4, copy)
+    quantized = open_source(copy).get_quantized(LINEAR)
+    assert quantized is not None
+    recipe = json.loads((copy / "fewbit_recipe.json").read_text(encoding="utf-8"))
+    recipe["values_sha256"] = {LINEAR: digest(quantized)}
+    (copy / "fewbit_recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    assert verify_checkpoint(copy, runtime_names=()).passed
+    worse = damaged_copy(copy, LINEAR, tmp_path / "worse")
+    problems = verify_checkpoint(worse, runtime_names=()).problems
+    assert len(problems) == 1 and "recipe" in problems[0] and LINEAR in problems[0]
+
+
+def test_the_plain_model_has_the_dequantized_values(w4: Path, tmp_path: Path) -> None:
+    source = open_source(w4)
+    plain = SafetensorsFiles(write_plain(source, tmp_path / "plain"))
+    assert set(plain.names()) == set(source.names())
+    assert all(plain.get(name).equal(source.get(name).float()) for name in source.names())
+
+
+def test_another_runtime_computes_the_same_and_a_damaged_copy_does_not(w4: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEWBIT_ENVS", str(tmp_path / "none"))  # transformers out of this very environment
+    assert interpreter(get_runtime("transformers")) == Path(sys.executable)
+    check = verify_checkpoint(w4, runtime_names=("transformers",)).runtimes[0]
+    assert check.status == "passed", check.reason
+    assert check.layers_compared == 14 and not check.layers_differing
+    assert check.difference_rms_nats is not None and check.floor_rms_nats is not None and check.control_rms_nats is not None
+    assert check.difference_rms_nats <= 2 * check.floor_rms_nats < check.control_rms_nats
+
+
+def test_a_runtime_that_cannot_load_the_kind_is_not_asked(w4: Path) -> None:
+    check = verify_checkpoint(w4, runtime_names=("llama.cpp",)).runtimes[0]
+    assert (check.status, check.reason) == ("skipped", "does not read this layout")
+
+
+def test_an_unknown_runtime_is_refused(w4: Path) -> None:
+    with pytest.raises(UsageError, match="transformers, vllm"):
+        verify_checkpoint(w4, runtime_names=("tensorrt",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": False}, "gptq-4"),
+        ({"quant_method": "gptq", "bits": 4, "sym": False, "desc_act": False}, "gptq-4-asym"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "gptq-4-act"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq-8"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq-4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bnb-nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bnb-int8"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt-fp8"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao-int8wo"),
+    ],
+)
+def test_the_kind_is_what_the_checkpoint_says_of_itself(fields: dict[str, object], kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": fields}), encoding="utf-8")
+    assert kind_of(tmp_path).name == kind
+
+
+def test_a_kind_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "new"}}), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="new"):
+        kind_of(tmp_path)
+
+
+def test_each_cell_of_the_matrix_is_yes_or_a_reason() -> None:
+    names = {runtime.name for runtime in runtimes()}
+    for kind in kinds().values():
+        assert kind.cells and set(kind.cells) <= names, kind.name
+        assert all(reason is None or len(reason) > 10 for reason in kind.cells.values()), kind.name
