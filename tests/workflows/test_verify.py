@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,9 +64,10 @@ def test_the_plain_model_has_the_dequantized_values(w4: Path, tmp_path: Path) ->
     assert all(plain.get(name).equal(source.get(name).float()) for name in source.names())
 
 
-def test_another_runtime_computes_the_same_and_a_damaged_copy_does_not(w4: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FEWBIT_ENVS", str(tmp_path / "none"))  # transformers out of this very environment
-    assert interpreter(get_runtime("transformers")) == Path(sys.executable)
+@pytest.mark.heavy
+def test_another_runtime_computes_the_same_and_a_damaged_copy_does_not(w4: Path) -> None:
+    if interpreter(get_runtime("transformers")) is None:
+        pytest.skip("the environment of transformers is not made: make runtimes")
     check = verify_checkpoint(w4, runtime_names=("transformers",)).runtimes[0]
     assert check.status == "passed", check.reason
     assert check.layers_compared == 14 and not check.layers_differing

@@ -5,21 +5,17 @@
     FEWBIT_ENVS/llamacpp/bin/python
 
 Their requirements contradict each other and ours, so that none can live beside fewbit. `make runtimes` makes them; without FEWBIT_ENVS they
-are in `~/.cache/fewbit/envs`. A runtime that fewbit's own environment has is used from there when it has no folder of its own.
+are in `~/.cache/fewbit/envs`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 from fewbit.checkpoints.runtimes import Runtime
 
 __all__ = ["environments_directory", "interpreter"]
-
-_MODULES = {"transformers": "transformers", "vllm": "vllm", "llama.cpp": "llama_cpp", "openvino": "openvino_genai"}
 
 
 def environments_directory() -> Path:
@@ -31,6 +27,4 @@ def environments_directory() -> Path:
 def interpreter(runtime: Runtime) -> Path | None:
     """The Python that has the runtime; None when it is not installed."""
     python = environments_directory() / runtime.environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if python.is_file():
-        return python
-    return Path(sys.executable) if importlib.util.find_spec(_MODULES[runtime.name]) is not None else None
+    return python if python.is_file() else None
