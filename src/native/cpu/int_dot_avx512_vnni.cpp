@@ -45,9 +45,10 @@ inline __m512i zero_points(const IntWeight &w, std::size_t line) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w.zeros + line * kTileRows)));
 }
 
-// z * sum of x: both fit 16 bits, as a group has at most 128 columns where zero points belong to groups.
+// z * sum of x: both fit 16 bits, as a group has at most 128 columns where zero points belong to groups. The upper halves are signs: z's is
+// cleared, or it would add a product of its own.
 inline __m512i zero_correction(const IntWeight &w, std::size_t line, const std::int32_t *sum) {
-    return _mm512_madd_epi16(zero_points(w, line), broadcast4(sum));
+    return _mm512_madd_epi16(_mm512_and_si512(zero_points(w, line), _mm512_set1_epi32(0xffff)), broadcast4(sum));
 }
 
 // Per channel: y * scale, with the zero points' part taken off; `total` is sum_g s_x * sum of x.
