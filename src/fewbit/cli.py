@@ -266,7 +266,7 @@ def quantize(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Who is to load it: compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao, modelopt.",
+            help="Who is to load it: compressed-tensors, gptq, gptq_v2 or awq.",
         ),
     ] = "compressed-tensors",
     group_size: Annotated[
@@ -345,14 +345,14 @@ def quantize(
 
 @app.command(epilog=_example("fewbit convert quantized/w4a16 --format gptq --out quantized/w4a16-gptq"))
 def convert(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A quantized checkpoint: a directory, a GGUF file or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A quantized checkpoint: a directory or a hub id.")],
     *,
     layout: Annotated[
         str,
         typer.Option(
             "--format",
             metavar="NAME",
-            help="compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao, modelopt; dense or dense-float32 to dequantize.",
+            help="compressed-tensors, gptq, gptq_v2 or awq; dense or dense-float32 to dequantize.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory; it appears when it is whole.")],

@@ -27,11 +27,9 @@ __all__ = [
     "FormatData",
     "FormatErrors",
     "FormatInfo",
-    "FormatShare",
     "FormatsResult",
     "GateResult",
     "HardwareSupport",
-    "InspectResult",
     "Interval",
     "KernelInfo",
     "KernelUse",
@@ -48,7 +46,6 @@ __all__ = [
     "QualityResult",
     "QuantizeEstimate",
     "QuantizeResult",
-    "RuntimeAnswer",
     "RuntimeCheck",
     "SchemeKernel",
     "ShapesResult",
@@ -609,70 +606,6 @@ class ConvertResult:
     checkpoint_bytes: int
     duration_s: float
     notes: list[str] = Field(default_factory=list)
-
-
-@dataclass(frozen=True, config=_FROZEN)
-class FormatShare:
-    """How much of a checkpoint is in one number format.
-
-    Attributes:
-        format: in words, for example `INT4 group 128, symmetric` or `BF16`.
-        tensors, parameters: in it. bytes: on disk, scales and zero points counted.
-    """
-
-    format: str
-    tensors: int
-    parameters: int
-    bytes: int
-
-
-@dataclass(frozen=True, config=_FROZEN)
-class RuntimeAnswer:
-    """Whether a program takes a checkpoint: `yes`, `no` or `unknown`, and why."""
-
-    runtime: str
-    answer: Literal["yes", "no", "unknown"]
-    reason: str
-
-
-@dataclass(frozen=True, config=_FROZEN)
-class InspectResult:
-    """What a checkpoint is.
-
-    Attributes:
-        model: what was asked about. layout: `none` in high precision. layout_format: what the layout calls its own format.
-        tool: the program that made it, where the files say so.
-        architecture: transformers' `model_type`.
-        scheme, weights, input_activations, kv_cache: the number formats.
-        formats: shares of the number formats, the largest first.
-        effective_bits_per_weight: over the quantized linears, scales and zero points counted; None when none is.
-        effective_bits_per_parameter: over the whole model.
-        not_quantized: linears in high precision.
-        kernels: fewbit's kernel for the weights on this machine, and the reasons why no faster one.
-        runtimes: other programs.
-        problems: inconsistencies. notes: what is out of the ordinary and no error.
-    """
-
-    model: str
-    layout: str
-    layout_format: str
-    tool: str
-    architecture: str
-    scheme: str
-    weights: str
-    input_activations: str
-    kv_cache: str
-    quantized_linears: int
-    not_quantized: list[str]
-    parameters: int
-    bytes: int
-    formats: list[FormatShare]
-    effective_bits_per_weight: float | None
-    effective_bits_per_parameter: float
-    kernels: list[KernelUse]
-    runtimes: list[RuntimeAnswer]
-    problems: list[str]
-    notes: list[str]
 
 
 @dataclass(frozen=True, config=_FROZEN)

@@ -33,10 +33,6 @@ _LOADING: Mapping[str, Sequence[str]] = {
         ("gptq", "gptq_v2", "awq"),
         (*_TRANSFORMERS, "transformers needs the packages `gptqmodel` and `optimum`. vLLM and SGLang run the format on their own kernels."),
     ),
-    "gguf": ("```sh", "llama-server -m path/of/this/directory/model.gguf", "```"),
-    "bitsandbytes": (*_TRANSFORMERS, "transformers needs the package `bitsandbytes`."),
-    "torchao": (*_TRANSFORMERS, "transformers and vLLM need the package `torchao`."),
-    "modelopt": ("```sh", "vllm serve path/of/this/directory", "```"),
 }
 
 

@@ -1,13 +1,13 @@
 """`fewbit convert`: a checkpoint of any layout in, the same numbers in another layout out.
 
-    read      a directory or a GGUF file, one linear at a time                         checkpoints.sources
+    read      a directory, one linear at a time                                        checkpoints.sources
     express   the same integers in the target's notation, or a refusal                 checkpoints.express
-    write     shards and config.json, or a GGUF file; streaming, atomic                checkpoints.assemble
+    write     shards and config.json; streaming, atomic                                checkpoints.assemble
     check     what was written is read again and compared, linear by linear; the list of tensors is that of the source
 
 Nothing is rounded a second time: where the target has no format with the source's grid, the command refuses and says which layouts have.
 What may change without a refusal is listed in `losses`: a scale that the target's dtype cannot hold, a format of activations or of the KV
-cache that it has no word for, the offset of GGUF's Q4_1.
+cache that it has no word for.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def convert_checkpoint(
     """Write a quantized checkpoint in another layout.
 
     Args:
-        model: a directory, a GGUF file or a hub id.
+        model: a directory or a hub id.
         layout: one of `checkpoints.registry.LAYOUTS`.
         out: the directory to make; it appears when it is whole.
         overwrite: replace an existing checkpoint.

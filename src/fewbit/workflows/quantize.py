@@ -66,7 +66,7 @@ def quantize_model(
     progress: ProgressCallback | None = None,
     on_estimate: EstimateCallback | None = None,
 ) -> QuantizeResult:
-    """Quantize a model into a new Hugging Face directory, or into a directory with a GGUF file.
+    """Quantize a model into a new Hugging Face directory.
 
     Args:
         model: a directory or a hub id; the bundled reference model when None.
