@@ -91,7 +91,7 @@ def index_to(name: str) -> Callable[[Path], None]:
         (index_to("/outside.safetensors"), CheckpointError, "inside the directory"),
         (lambda d: edit_config(d, model_type="no-such-model"), UnsupportedModelError, "no-such-model"),
         (lambda d: edit_config(d, model_type="no-such-model", auto_map={"AutoConfig": "x.Y"}), UnsupportedModelError, "no code"),
-        (lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}), UnsupportedModelError, "layout 'gptq'"),
+        (lambda d: edit_config(d, quantization_config={"quant_method": "hqq", "bits": 4}), UnsupportedModelError, "layout 'hqq'"),
     ],
 )
 def test_damaged_directories(damage: Callable[[Path], None], error: type[FewbitError], message: str, llama: Path) -> None:
