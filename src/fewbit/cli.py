@@ -39,6 +39,17 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="A local Hugging Face directory or a hub id; the bundled reference model when left out."),
 ]
+PlannedModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A directory, a config.json, a hub id, published shapes such as llama-3-70b, or a count such as 7e9; no weights are read.",
+    ),
+]
+HardwareOption = Annotated[str | None, typer.Option(metavar="NAME", help="A device, e.g. h100-sxm or jetson-agx-orin-64gb.")]
+HardwareFileOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="TOML with further devices, in the form of fewbit's own predict/hardware.toml.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout instead of tables.")]
 TextOption = Annotated[
     list[Path] | None, typer.Option("--text", help="Measure quality on this UTF-8 file; may be repeated.", metavar="FILE")
@@ -400,6 +411,56 @@ def verify(
     _print_json(result) if json else render_verify(result, _console())
     if not result.passed:
         raise typer.Exit(1)
+
+
+@app.command(epilog=_example("fewbit plan qwen2.5-7b --scheme W4A16 --kv KV-INT8 --hardware jetson-agx-orin-64gb --batch 16"))
+def plan(
+    model: PlannedModelArgument = None,
+    scheme: Annotated[str, typer.Option(metavar="NAME", help="Formats of weights and inputs, e.g. W4A16, W8A8, FP8, NVFP4.")] = "W4A16",
+    kv: Annotated[str | None, typer.Option(metavar="NAME", help="Format of the KV cache: BF16, KV-INT8, KV-FP8 or KV-INT4.")] = None,
+    hardware: HardwareOption = None,
+    hardware_file: HardwareFileOption = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences at once.", min=1)] = 1,
+    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of each sequence.", min=1)] = 4096,
+    layers: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: layers of the KV cache.", min=0)] = 0,
+    kv_heads: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: heads of keys and values.", min=0)] = 0,
+    head_dim: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: width of a head.", min=0)] = 0,
+    method: Annotated[
+        str, typer.Option(metavar="CHAIN", help="For --cost: how the numbers are chosen; the usual method if left out.")
+    ] = "",
+    cost: Annotated[bool, typer.Option("--cost", help="Estimate memory, disk and time of making the checkpoint on this machine.")] = False,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the classes of tensors here.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every class, with risks and fallbacks.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what a scheme makes of every class of tensors, and what fits, from the configuration alone."""
+    from fewbit.workflows.plan import plan_model
+
+    result = plan_model(
+        model,
+        scheme=scheme,
+        kv=kv,
+        hardware=hardware,
+        hardware_file=hardware_file,
+        batch=batch,
+        context=context,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        method=method,
+        cost=cost,
+    )
+    if csv is not None:
+        from fewbit.report.files import write_text
+        from fewbit.report.plan_table import plan_csv
+
+        write_text(csv, plan_csv(result))
+    if json:
+        _print_json(result)
+        return
+    from fewbit.report.plan_table import render_plan
+
+    render_plan(result, _console(), verbose=verbose)
 
 
 @app.command(epilog=_example("fewbit generate --prompt 'def fibonacci(n):' --scheme W8A16"))

@@ -1,0 +1,100 @@
+"""What runs a format on a device: runtime, kernel, path, and what it falls back to. Data (`kernels.toml`), read here.
+
+Fewer bits become speed only where a kernel reads them as they are. Whether one exists is a fact about software that changes with releases,
+so it is a table with sources, one row per runtime, kernel and class of device, and not knowledge in code.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from fewbit.formats.spec import Scheme
+from fewbit.predict.hardware import Hardware
+
+__all__ = ["Serving", "cache_option", "format_class", "serving_of"]
+
+Path = Literal["native", "fused", "unfused", "dense"]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a format runs on a device.
+
+    Attributes:
+        runtime, kernel: names. path: see `kernels.toml`. layout: of the checkpoint. source: where the support is documented.
+        fallback: what runs where the kernel cannot; with its price.
+    """
+
+    runtime: str
+    kernel: str
+    path: Path
+    layout: str
+    source: str
+    fallback: str
+
+
+def format_class(scheme: Scheme) -> str:
+    """The name under which `kernels.toml` knows a scheme's weights and inputs.
+
+    Weight-only integers are `w4a16`, `w8a16`, ... whatever their group; with quantized inputs `w8a8`, `fp8`.
+    """
+    spec, inputs = scheme.weights, scheme.input_activations
+    if spec is None:
+        return "bf16"
+    if spec.grid_name == "fp4_e2m1":
+        return "nvfp4" if spec.global_scale else "mxfp4"
+    if spec.type == "nf":
+        return "nf4"
+    if spec.type == "float":
+        return "fp8-weights" if inputs is None else "fp8"
+    return f"w{spec.num_bits}a16" if inputs is None else f"w{spec.num_bits}a{inputs.num_bits}"
+
+
+@cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    return tomllib.loads(files("fewbit.decide").joinpath("kernels.toml").read_text(encoding="utf-8"))
+
+
+def _fits(row: Mapping[str, Any], name: str, hardware: Hardware) -> bool:
+    kinds = row["kinds"]
+    family = "nvidia" if hardware.kind.startswith("nvidia") else hardware.kind
+    least, below = row.get("capability", (0.0, 99.0))
+    capable = "capability" not in row or (hardware.capability is not None and least <= hardware.capability < below)
+    return name in row["formats"] and family in kinds and capable
+
+
+def serving_of(scheme: Scheme, hardware: Hardware) -> Serving:
+    """What runs a scheme's linears on a device.
+
+    A native row counts only where the device's matrix units multiply the format. Where no row fits, the weight is dequantized into a
+    16-bit copy before each product, which any runtime can do and which is slower than BF16.
+    """
+    name = format_class(scheme)
+    needs = {"fp8": "fp8", "w8a8": "int8", "nvfp4": "fp4", "mxfp4": "fp4"}.get(name)
+    rows = [row for row in _table()["weights"] if _fits(row, name, hardware)]
+    rows = [row for row in rows if row["path"] != "native" or needs is None or hardware.multiplies(needs)]
+    unfused = "a 16-bit copy before each product (unfused): slower than BF16"
+    if not rows:
+        return Serving("transformers", "dequantization before each product", "unfused", "compressed-tensors", "", unfused)
+    first = rows[0]
+    fallback = f"{rows[1]['runtime']}: {rows[1]['kernel']} ({rows[1]['path']})" if len(rows) > 1 else ("" if name == "bf16" else unfused)
+    return Serving(first["runtime"], first["kernel"], first["path"], first["layout"], first["source"], fallback)
+
+
+def cache_option(scheme: Scheme, hardware: Hardware, runtime: str = "") -> tuple[str, str]:
+    """(runtime, option) that switches a scheme's cache format on; two empty texts where no runtime is known to have it, or it is BF16.
+
+    Args:
+        runtime: preferred, when it has the format.
+    """
+    if scheme.kv_keys is None:
+        return "", ""
+    name = f"kv-{scheme.kv_keys.type if scheme.kv_keys.type == 'int' else 'fp'}{scheme.kv_keys.num_bits}"
+    rows = [row for row in _table()["cache"] if _fits(row, name, hardware)]
+    chosen = next((row for row in rows if runtime.startswith(row["runtime"])), rows[0] if rows else None)
+    return (chosen["runtime"], chosen["option"]) if chosen else ("", "")
