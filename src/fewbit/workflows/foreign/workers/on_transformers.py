@@ -36,7 +36,8 @@ def _load(checkpoint: Mapping[str, Any]) -> Any:
         options["gguf_file"], path = path.name, path.parent
     dtype = getattr(torch, checkpoint["dtype"])
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **options)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _answers(model: Any, dtype: Any, shared: Any) -> dict[str, np.ndarray]:
