@@ -1,0 +1,49 @@
+"""Whether Triton kernels can run here, and why not.
+
+The interpreter (`TRITON_INTERPRET=1`, set before Triton is imported) runs the same kernels on the CPU with NumPy, slowly: that is how they
+are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+__all__ = ["interpreted", "refuse_device"]
+
+_MINIMUM_CAPABILITY = (8, 0)  # Ampere: BF16 tensor cores
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def refuse_device(device: str, minimum: tuple[int, int] = _MINIMUM_CAPABILITY) -> str | None:
+    """None when Triton kernels can run on `device` ("cpu", "cuda", "cuda:1"); else the reason with the numbers.
+
+    Args:
+        minimum: CUDA compute capability that the kernel needs.
+    """
+    kind = device.partition(":")[0]
+    if kind == "cpu" and interpreted():
+        return None if _has_triton() else "Triton is not installed (pip install triton)"
+    if kind != "cuda":
+        return f"runs on NVIDIA GPUs, not on {kind}"
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
+    if not _has_triton():
+        return "Triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < minimum:
+        name = torch.cuda.get_device_name(device)
+        return f"needs compute capability {minimum[0]}.{minimum[1]}; {name} has {capability[0]}.{capability[1]}"
+    return None
