@@ -74,12 +74,14 @@ class Kernel(ABC):
         description: one line for a person.
         fused: True when no dequantized copy of the weight is materialized.
         priority: higher is preferred; the reference kernel has 0.
+        devices: kinds of device that it is made for. On any other it is no alternative, and reports do not list it as passed over.
     """
 
     name: str
     description: str
     fused: bool
     priority: int
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps")
 
     @abstractmethod
     def refuse_format(self, request: KernelRequest) -> str | None:

@@ -13,6 +13,7 @@ from fewbit.kernels.onednn_w8a8 import OneDnnW8A8
 from fewbit.kernels.reference import ReferenceKernel
 from fewbit.kernels.torch_int4pack import TorchInt4Pack
 from fewbit.kernels.torch_int8pack import TorchInt8Pack
+from fewbit.kernels.triton.linear import TritonWeightOnly
 
 __all__ = ["KERNELS", "UNFUSED", "select"]
 
@@ -23,6 +24,7 @@ KERNELS: tuple[Kernel, ...] = (
     TorchInt4Pack(),
     TorchInt8Pack(),
     OneDnnW8A8(),
+    TritonWeightOnly(),
     ReferenceKernel(),
 )
 UNFUSED = "unfused"
@@ -65,12 +67,13 @@ def _check_preference(prefer: str | None, kernels: list[Kernel]) -> None:
 def _above(chosen: Kernel, passed_over: list[PassedOver], request: KernelRequest, kernels: list[Kernel]) -> list[PassedOver]:
     """The faster kernels that were passed over.
 
-    A kernel made for another format is no alternative and is not listed; when an unfused kernel was chosen and nothing faster is made for
+    A kernel made for another format or another kind of device is no alternative and is not listed; when an unfused kernel was chosen and nothing faster is made for
     the format, that is the reason, and it is said once.
     """
-    faster = {kernel.name for kernel in kernels if kernel.priority > chosen.priority and kernel.refuse_format(request) is None}
+    kind = request.device.partition(":")[0]
+    faster = {k.name for k in kernels if k.priority > chosen.priority and kind in k.devices and k.refuse_format(request) is None}
     if not faster and not chosen.fused:
-        others = ", ".join(kernel.name for kernel in kernels if kernel.priority > chosen.priority)
+        others = ", ".join(kernel.name for kernel in kernels if kernel.priority > chosen.priority and kind in kernel.devices)
         return [PassedOver("any fused kernel", f"none runs {_describe_formats(request)} here yet (there are {others})")]
     return [entry for entry in passed_over if entry.kernel in faster]
 

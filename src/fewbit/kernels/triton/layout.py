@@ -115,15 +115,16 @@ def _codes(weight: QuantizedTensor) -> torch.Tensor:
     """Non-negative codes [out, in] in int32."""
     spec = weight.spec
     if spec.type == "int":
-        return weight.values.to(torch.int32) + 2 ** (spec.num_bits - 1)
-    values = weight.values
-    return (values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values).to(torch.int32)
+        codes: torch.Tensor = weight.values.to(torch.int32) + 2 ** (spec.num_bits - 1)
+        return codes
+    bits = weight.values.view(torch.uint8) if weight.values.dtype == torch.float8_e4m3fn else weight.values
+    return bits.to(torch.int32)
 
 
 def _words(codes: torch.Tensor, bits: int, chunk: int, per_chunk: int) -> torch.Tensor:
     """int32 [rows, words] of codes [rows, columns]: lane i of word j is the chunk's weight i * per_chunk + j."""
     lanes = codes.reshape(codes.shape[0], -1, chunk // per_chunk, per_chunk)
-    words = torch.zeros(codes.shape[0], lanes.shape[1], per_chunk, dtype=torch.int32, device=codes.device)
+    words: torch.Tensor = torch.zeros(codes.shape[0], lanes.shape[1], per_chunk, dtype=torch.int32, device=codes.device)
     for lane in range(lanes.shape[2]):
         words |= lanes[:, :, lane] << (bits * lane)
     return words.flatten(1)

@@ -26,6 +26,7 @@ class TritonWeightOnly(Kernel):
     description = "packed weights dequantized in registers: a split-K GEMV for few tokens, tensor cores for many (Triton)"
     fused = True
     priority = 60
+    devices = ("cuda",)
 
     def refuse_format(self, request: KernelRequest) -> str | None:
         spec = request.weights
