@@ -67,8 +67,8 @@ def _check_preference(prefer: str | None, kernels: list[Kernel]) -> None:
 def _above(chosen: Kernel, passed_over: list[PassedOver], request: KernelRequest, kernels: list[Kernel]) -> list[PassedOver]:
     """The faster kernels that were passed over.
 
-    A kernel made for another format or another kind of device is no alternative and is not listed; when an unfused kernel was chosen and nothing faster is made for
-    the format, that is the reason, and it is said once.
+    A kernel made for another format or another kind of device is no alternative and is not listed; when an unfused kernel was chosen and
+    nothing faster is made for the format, that is the reason, and it is said once.
     """
     kind = request.device.partition(":")[0]
     faster = {k.name for k in kernels if k.priority > chosen.priority and kind in k.devices and k.refuse_format(request) is None}
