@@ -29,6 +29,7 @@ __all__ = ["Z90", "Posterior", "calibrate"]
 Z90 = 1.6448536269514722
 _ITERATIONS = 30
 _STEP = 1e-4
+_STRAIN = 2.0  # mean squared misfit, in residuals, above which the points contradict the model
 
 LogTime = Callable[[NDArray[np.float64]], float]
 
@@ -62,21 +63,49 @@ def gradient_of(log_time: LogTime, at: NDArray[np.float64]) -> NDArray[np.float6
 def calibrate(prior: Prior, log_times: Sequence[LogTime], observed: Sequence[float]) -> Posterior:
     """The posterior of the factors.
 
+    Points that the model cannot reconcile widen the residual: it is scaled so that their mean squared misfit is what it should be.
+
     Args:
         log_times: the model of each measured step, as a function of the factors' logarithms.
         observed: logarithms of the measured milliseconds.
     """
+    mean, residual = prior.factors.logs(), prior.residual
+    if not log_times:
+        return Posterior(mean, np.diag(prior.spread**2), residual, 0)
+    x, covariance = _mode(prior, log_times, observed, residual)
+    misfit = np.array([y - f(x) for f, y in zip(log_times, observed, strict=True)]) / residual
+    strain = float(misfit @ misfit) / len(observed)
+    if strain > _STRAIN:
+        residual *= float(np.sqrt(strain))
+        x, covariance = _mode(prior, log_times, observed, residual)
+    return Posterior(x, covariance, residual, len(log_times))
+
+
+def _mode(
+    prior: Prior, log_times: Sequence[LogTime], observed: Sequence[float], residual: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mode and covariance: Gauss-Newton steps, halved until they help."""
     mean = prior.factors.logs()
     precision = np.diag(1.0 / prior.spread**2)
-    x, weight = mean.copy(), 1.0 / prior.residual**2
-    jacobian = np.zeros((0, len(mean)))
-    for _ in range(_ITERATIONS if log_times else 0):
+    weight = 1.0 / residual**2
+
+    def misfits(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.array([y - f(x) for f, y in zip(log_times, observed, strict=True)])
+
+    def objective(x: NDArray[np.float64]) -> float:
+        left = misfits(x)
+        return float((x - mean) @ precision @ (x - mean) + weight * left @ left)
+
+    x, value = mean.copy(), objective(mean)
+    normal = precision
+    for _ in range(_ITERATIONS):
         jacobian = np.array([gradient_of(f, x) for f in log_times])
-        misfit = np.array([y - f(x) for f, y in zip(log_times, observed, strict=True)])
         normal = precision + weight * jacobian.T @ jacobian
-        move = np.linalg.solve(normal, weight * jacobian.T @ misfit - precision @ (x - mean))
-        x = x + np.clip(move, -0.5, 0.5)
-        if float(np.abs(move).max()) < 1e-7:
+        move = np.linalg.solve(normal, weight * jacobian.T @ misfits(x) - precision @ (x - mean))
+        share = 1.0
+        while (better := objective(x + share * move)) > value and share > 1e-4:
+            share /= 2
+        x, gain, value = x + share * move, value - better, better
+        if gain < 1e-9:
             break
-    covariance = np.asarray(np.linalg.inv(precision + weight * jacobian.T @ jacobian), dtype=np.float64)
-    return Posterior(x, covariance, prior.residual, len(log_times))
+    return x, np.asarray(np.linalg.inv(normal), dtype=np.float64)

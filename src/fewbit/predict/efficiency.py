@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class Factors:
         cache: share of the bandwidth that reading keys and values reaches.
         compute: share of the 16-bit peak that large products reach.
         native: the same of a low-precision peak, relative to `compute`.
-        unpack: speed of large products that dequantize inside the kernel, relative to 16-bit ones.
+        unpack: share of the vector rate that dequantizing inside a product reaches.
         copy: share of the bandwidth that separate passes over memory reach (dequantization into a copy, quantization of activations).
     """
 
@@ -93,6 +94,6 @@ def _read() -> Mapping[str, Prior]:
 _PRIORS = _read()
 
 
-def prior_of(kind: Kind) -> Prior:
-    """The prior of a class of device."""
+def prior_of(kind: Kind | Literal["unknown"]) -> Prior:
+    """The prior of a class of device; the widest of all for one that nothing is known of."""
     return _PRIORS.get(kind, _PRIORS["default"])

@@ -29,6 +29,7 @@ Kind = Literal[
     "nvidia_unified",
     "amd_datacenter",
     "amd_unified",
+    "intel_datacenter",
     "apple",
     "intel_unified",
     "cpu",
@@ -50,6 +51,7 @@ class Hardware:
         kind: class of device; the priors of the efficiencies are per class.
         memory_bytes: capacity. bandwidth_gb_s: data sheet (or measured), 1e9 bytes per second.
         dense_tflop_s: 1e12 operations per second of the matrix units without sparsity, by the format they multiply; `bf16` is always there.
+        vector_tflop_s: 1e12 FP32 operations per second of the ordinary units, which unpack weights before 16-bit products.
         capability: CUDA compute capability; None for others.
         measured: bandwidth and rates were measured on the machine, not read in a data sheet.
         null_op_us: microseconds of a smallest operator where it was measured.
@@ -63,6 +65,7 @@ class Hardware:
     memory_bytes: int
     bandwidth_gb_s: float
     dense_tflop_s: Mapping[str, float]
+    vector_tflop_s: float
     capability: float | None = None
     measured: bool = False
     null_op_us: float | None = None
@@ -104,7 +107,8 @@ def read_hardware(text: str, where: str = "hardware.toml") -> dict[str, Hardware
 
 
 _REQUIRED = ("label", "kind", "memory_gib", "bandwidth", "dense", "sources")
-_OPTIONAL = ("aliases", "capability", "note")
+_OPTIONAL = ("aliases", "capability", "note", "vector")
+_VECTOR_SHARE = 1 / 8
 
 
 def _device(name: str, table: Any, where: str) -> Hardware:
@@ -121,7 +125,8 @@ def _device(name: str, table: Any, where: str) -> Hardware:
     dense = table["dense"]
     if not isinstance(dense, dict) or "bf16" not in dense or set(dense) - set(get_args(ComputeFormat)):
         raise UsageError(f"{here}: dense must give bf16 and may give {', '.join(get_args(ComputeFormat)[1:])}", "1e12 dense operations/s")
-    figures = {"memory_gib": table["memory_gib"], "bandwidth": table["bandwidth"], **dense}
+    vector = table.get("vector", dense["bf16"] * _VECTOR_SHARE)
+    figures = {"memory_gib": table["memory_gib"], "bandwidth": table["bandwidth"], "vector": vector, **dense}
     for key, value in figures.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
             raise UsageError(f"{here}: {key} is {value!r}", "give a positive number")
@@ -132,6 +137,7 @@ def _device(name: str, table: Any, where: str) -> Hardware:
         memory_bytes=round(table["memory_gib"] * _GIB),
         bandwidth_gb_s=float(table["bandwidth"]),
         dense_tflop_s={key: float(value) for key, value in dense.items()},
+        vector_tflop_s=float(vector),
         capability=table.get("capability"),
         sources=tuple(table["sources"]),
         note=str(table.get("note", "")),
@@ -188,6 +194,7 @@ def measured_hardware(machine: MachineResult, memory_bytes: int, label: str = "t
         memory_bytes=memory_bytes,
         bandwidth_gb_s=machine.read_bandwidth_gb_s,
         dense_tflop_s=rates,
+        vector_tflop_s=rates["bf16"],
         measured=True,
         null_op_us=machine.time_per_null_op_us,
         sources=(f"fewbit bench --machine: {machine.bandwidth_method}",),

@@ -166,24 +166,29 @@ def _published_depth(parameters: float) -> int:
 
     def size(config: dict[str, object]) -> float:
         hidden, inner, layers = (float(str(config[key])) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-        return layers * hidden * (3 * inner + 2.5 * hidden) + float(str(config["vocab_size"])) * hidden
+        return layers * hidden * (3 * inner + 2.5 * hidden) + float(str(config.get("vocab_size", 0))) * hidden
 
-    near = sorted(SHAPES.values(), key=lambda shape: abs(math.log(size(dict(shape.config)) / parameters)))[:3]
-    return round(sum(int(shape.config["num_hidden_layers"]) for shape in near) / len(near))
+    # a multimodal configuration has its language model's sizes inside
+    configs = [dict(shape.config.get("text_config", shape.config)) for shape in SHAPES.values()]
+    near = sorted(configs, key=lambda config: abs(math.log(size(config) / parameters)))[:3]
+    return round(sum(int(str(config["num_hidden_layers"])) for config in near) / len(near))
 
 
-def outline_of_count(parameters: float, name: str = "") -> Outline:
+def outline_of_count(parameters: float, name: str = "", depth: int | None = None) -> Outline:
     """The outline of a dense model of which only the number of parameters is known.
+
+    Args:
+        depth: layers; as published models of this size have when None.
 
     Raises:
         UsageError: a number that no language model has.
     """
     if not math.isfinite(parameters) or not 1e6 <= parameters <= 1e14:
         raise UsageError(f"{parameters:g} parameters cannot be meant", "give a number like 7e9, a named shape or a model")
-    depth = _published_depth(parameters)
-    per_linear = parameters / (JOINED_LINEARS_PER_LAYER * depth)
+    layers = depth or _published_depth(parameters)
+    per_linear = parameters / (JOINED_LINEARS_PER_LAYER * layers)
     columns = 128 * max(1, round(math.sqrt(per_linear / 2) / 128))
-    count = JOINED_LINEARS_PER_LAYER * depth
+    count = JOINED_LINEARS_PER_LAYER * layers
     rows = max(1, round(parameters / count / columns))
     return Outline(
         name=name or f"{parameters:g} parameters",
@@ -194,10 +199,10 @@ def outline_of_count(parameters: float, name: str = "") -> Outline:
         heads=0,
         kv_heads=0,
         head_dim=0,
-        depth=depth,
+        depth=layers,
         bare=True,
         assumed=(
-            f"all parameters are in linears that the scheme quantizes; {depth} layers, as published models of this size have",
+            f"all parameters are in linears that the scheme quantizes; {layers} layers, as published models of this size have",
             "the cache and attention are not counted: a parameter count does not say how large they are",
         ),
     )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fewbit.formats.spec import get_scheme
 from fewbit.predict.calibration import Z90, LogTime, Posterior, calibrate, gradient_of
-from fewbit.predict.efficiency import Factors, prior_of
+from fewbit.predict.efficiency import Factors, Prior, prior_of
 from fewbit.predict.hardware import Hardware
 from fewbit.predict.outline import Outline
 from fewbit.predict.prediction import Comparison, Estimate, MeasuredPoint, Prediction, StepPoint, Suggestion
@@ -34,6 +34,7 @@ class Predictor:
         outline: the model.
         measured: what was measured on it: of this model, or of another with `outlines`.
         outlines: the model of each measured point, where it is not `outline`.
+        prior: in place of the class's own (`efficiency.prior_of`).
 
     Raises:
         UsageError: a point with an unknown scheme, or sizes that are not positive.
@@ -46,7 +47,9 @@ class Predictor:
         measured: Sequence[MeasuredPoint] = (),
         *,
         outlines: Sequence[Outline] | None = None,
+        prior: Prior | None = None,
     ) -> None:
+        self._prior = prior or prior_of(hardware.kind)
         self.hardware = hardware
         self.outline = outline
         self.measured = tuple(measured)
@@ -64,9 +67,8 @@ class Predictor:
         return Factors.from_logs(self._posterior.mean)
 
     def _calibrate(self, models: Sequence[Outline]) -> Posterior:
-        prior = prior_of(self.hardware.kind)
         log_times = [self._log_time(self._work(m.point, outline, m.weight_bytes)) for m, outline in zip(self.measured, models, strict=True)]
-        return calibrate(prior, log_times, [math.log(m.milliseconds) for m in self.measured])
+        return calibrate(self._prior, log_times, [math.log(m.milliseconds) for m in self.measured])
 
     def _work(self, point: StepPoint, outline: Outline | None = None, weight_bytes: float | None = None) -> list[Work]:
         path = choose_path(get_scheme(point.scheme), self.hardware, point.path)

@@ -9,8 +9,10 @@ Decode and prefill are the same equation with different numbers: a decode step m
 batch x prompt rows, so the first is limited by bytes and the second by operations. The kernel path says what a format changes:
 
     dense     2 bytes per weight, 16-bit peak
-    fused     the packed bytes, read at `read_8` or `read_4` of the 16-bit speed because they are unpacked on the way; the 16-bit peak times
-              `unpack`, because the product itself still is a 16-bit one. W4A16 therefore speeds decode up and not prefill
+    fused     the packed bytes, read at `read_8` or `read_4` of the 16-bit speed because they are unpacked on the way; the product itself
+              still is a 16-bit one, and every block of rows unpacks all weights anew on the ordinary units:
+              operations / (compute * peak) + blocks * weights * UNPACK_OPERATIONS / (unpack * vector rate). W4A16 therefore speeds
+              decode up and not prefill, and the more bandwidth a device has for its vector rate the smaller the batch where it stops paying
     unfused   the packed bytes are read, a 16-bit copy is written and read again, before a dense product: slower than BF16, always
     native    the packed bytes, the low-precision peak times `native`, and a pass over the activations that quantizes them
 
@@ -32,6 +34,9 @@ from fewbit.results import Bound
 
 __all__ = ["StepTime", "Work", "choose_path", "compute_format", "step_time", "step_work"]
 
+UNPACK_OPERATIONS = 4  # FP32 operations in whose time one weight is shifted, masked, converted and scaled
+UNPACK_ROWS = 64  # rows of activations that share one unpacked weight before the next block unpacks it again
+GEMV_ROWS = 4  # up to so many rows a matrix-vector kernel runs, which unpacks while it waits for memory
 _ACTIVATION_BYTES = 2
 _ROUTED_FORMATS = {"fp4_e2m1": "fp4", "fp8_e4m3": "fp8", "int8": "int8", "int4": "int4"}
 
@@ -45,7 +50,7 @@ class Work:
         weight_bytes: packed weights. activation_bytes: inputs and outputs. copy_bytes: passes that the path adds.
         cache_bytes: keys and values.
         operations: multiplications and additions. bits: of a stored weight, which says how fast it is read.
-        number_format: in which it is multiplied. unpacks: dequantizes inside the product.
+        number_format: in which it is multiplied. unpacked: weights that are dequantized inside the product, each as often as it is.
         operators: launches.
     """
 
@@ -57,7 +62,7 @@ class Work:
     operations: float = 0.0
     bits: float = 16.0
     number_format: str = "bf16"
-    unpacks: bool = False
+    unpacked: float = 0.0
     operators: int = 0
 
 
@@ -160,7 +165,7 @@ def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: i
         operations=2.0 * group.weights * rows,
         bits=8.0 * packed / (group.weights * read),
         number_format=compute_format(scheme) if path == "native" else "bf16",
-        unpacks=path == "fused",
+        unpacked=group.weights * read * -(-tokens // UNPACK_ROWS) if path == "fused" and tokens > GEMV_ROWS else 0.0,
         operators=group.launches * (2 if path == "unfused" else 1),
     )
 
@@ -203,13 +208,13 @@ def step_time(work: list[Work], hardware: Hardware, factors: Factors) -> StepTim
     for one in work:
         peak = hardware.dense_tflop_s.get(one.number_format, hardware.dense_tflop_s["bf16"]) * 1e9  # operations per millisecond
         read = factors.memory * _read_speed(one.bits, factors)
-        compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0) * (factors.unpack if one.unpacks else 1.0)
+        compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0)
         moving = (
             one.weight_bytes / (read * bandwidth)
             + one.activation_bytes / (factors.memory * bandwidth)
             + one.cache_bytes / (factors.cache * bandwidth)
         )
-        computing = one.operations / (compute * peak)
+        computing = one.operations / (compute * peak) + one.unpacked * UNPACK_OPERATIONS / (factors.unpack * hardware.vector_tflop_s * 1e9)
         copying = one.copy_bytes / (factors.copy * bandwidth)
         launching = one.operators * factors.operator_us / 1e3
         shares["compute" if computing > moving else "bandwidth"] += max(moving, computing)

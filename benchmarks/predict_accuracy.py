@@ -1,0 +1,234 @@
+"""How far predictions for devices that were never seen are off: leave-one-device-out over published measurements.
+
+For each device, the priors of its family are fitted without it; then the device's 16-bit decode time alone calibrates, and the 8-bit and
+4-bit decode times are predicted and compared with the published ones. Beside it two baselines that use the same 16-bit time:
+
+    byte ratio            t = t16 * bytes / bytes16
+    constant overhead     t = t16 - (bytes16 - bytes) / (0.93 * bandwidth): what remains of the 16-bit step at 93 % of the bandwidth stays
+
+    python benchmarks/predict_accuracy.py [--data FILE] [--devices] [--json FILE]
+    python benchmarks/predict_accuracy.py --write-priors        # src/fewbit/predict/priors.toml from all devices
+
+Which rows count was decided before fitting (`_measurements.EXCLUDED_FLAGS`). The bars on discrete and Apple GPUs are over the main set
+(`use_in_analysis` yes), one row per format; the sweeps over longer contexts, which are many rows of few devices, are printed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from _bars import Bar, NotMeasuredError, add_arguments, run_bars
+from _measurements import DATA, Group, read_groups
+
+from fewbit.predict.efficiency import FACTORS, Prior, prior_of
+from fewbit.predict.fit import fit_prior, widened
+from fewbit.predict.hardware import Kind
+
+_PRIORS = Path(__file__).parents[1] / "src" / "fewbit" / "predict" / "priors.toml"
+# Classes of device as the bars speak of them.
+_CLASSES = {
+    "nvidia": "GPU",
+    "nvidia_unified": "GPU",
+    "other_gpu": "GPU",
+    "amd_unified": "integrated",
+    "intel_unified": "integrated",
+    "apple": "Apple",
+    "cpu": "CPU",
+}
+# A family with too few devices takes the prior of the one that is most like it, widened.
+_RELATIVES = {"nvidia_unified": "nvidia", "other_gpu": "nvidia", "amd_unified": "intel_unified"}
+_FAMILY_OF_KINDS: dict[str, tuple[Kind, ...]] = {
+    "nvidia": ("nvidia_datacenter", "nvidia_workstation", "nvidia_consumer"),
+    "nvidia_unified": ("nvidia_unified",),
+    "other_gpu": ("amd_datacenter", "intel_datacenter"),
+    "amd_unified": ("amd_unified",),
+    "apple": ("apple",),
+    "intel_unified": ("intel_unified",),
+    "cpu": ("cpu",),
+}
+_SHARE_OF_BANDWIDTH = 0.93
+_UNKNOWN_BANDWIDTH_SPREAD = 0.7
+
+
+@dataclass(frozen=True)
+class Error:
+    """One predicted row. `error` is the logarithm of predicted over measured; `inside`: the measured time lies in the 90 % interval."""
+
+    group: Group
+    row_id: str
+    bits: int
+    predicted_ms: float
+    measured_ms: float
+    inside: bool
+    byte_ratio_ms: float
+    constant_ms: float | None
+
+    def percent(self, predicted: float | None = None) -> float:
+        """Absolute error of the prediction, or of another one, in percent of the measured time."""
+        return abs((predicted or self.predicted_ms) / self.measured_ms - 1) * 100
+
+
+def family_prior(groups: Sequence[Group], family: str) -> Prior:
+    """The prior of a family, fitted on these groups."""
+    start = prior_of("unknown")
+    relative = _RELATIVES.get(family)
+    if relative is not None:
+        start = widened(family_prior(groups, relative))
+    known = [g.observed for g in groups if g.observed.family == family and (g.known_bandwidth or g.nominal or family == "cpu")]
+    return fit_prior(known, start)
+
+
+def leave_one_out(groups: Sequence[Group]) -> list[Error]:
+    """Every device predicted with priors that were fitted without it."""
+    errors = []
+    for device in dict.fromkeys(group.observed.device for group in groups):
+        mine = [group for group in groups if group.observed.device == device]
+        prior = family_prior([group for group in groups if group.observed.device != device], mine[0].observed.family)
+        for group in mine:
+            errors += _errors(group, prior)
+    return errors
+
+
+def _errors(group: Group, prior: Prior) -> Iterable[Error]:
+    base = group.observed.baseline
+    assert base.weight_bytes is not None
+    if not group.known_bandwidth and not group.nominal:
+        spread = prior.spread.copy()
+        spread[FACTORS.index("memory")] = _UNKNOWN_BANDWIDTH_SPREAD
+        prior = Prior(prior.factors, spread, prior.residual, prior.source)
+    for point, bits, row_id, prediction in zip(
+        group.observed.others, group.observed.bits, group.row_ids[1:], group.observed.predict(prior), strict=True
+    ):
+        assert point.weight_bytes is not None
+        saved = base.weight_bytes - point.weight_bytes
+        per_ms = _SHARE_OF_BANDWIDTH * group.observed.hardware.bandwidth_gb_s * 1e6
+        yield Error(
+            group=group,
+            row_id=row_id,
+            bits=bits,
+            predicted_ms=prediction.milliseconds.value,
+            measured_ms=point.milliseconds,
+            inside=prediction.milliseconds.low <= point.milliseconds <= prediction.milliseconds.high,
+            byte_ratio_ms=base.milliseconds * point.weight_bytes / base.weight_bytes,
+            constant_ms=base.milliseconds - saved / per_ms if group.known_bandwidth else None,
+        )
+
+
+def select(errors: Sequence[Error], device_class: str, bits: int, *, sweeps: bool = False) -> list[Error]:
+    """Rows of one class and width, of the main set or of the sweeps over context. GPU rows need a stated size."""
+    return [
+        e
+        for e in errors
+        if _CLASSES[e.group.observed.family] == device_class
+        and e.bits == bits
+        and e.group.sweep == sweeps
+        and (device_class != "GPU" or not e.group.nominal)
+    ]
+
+
+def _figure(errors: Callable[[], list[Error]], device_class: str, bits: int, quantile: float) -> float:
+    chosen = select(errors(), device_class, bits)
+    if not chosen:
+        raise NotMeasuredError(f"no {bits}-bit rows of {device_class} in the data")
+    return float(np.quantile([e.percent() for e in chosen], quantile))
+
+
+def _coverage(errors: Callable[[], list[Error]]) -> float:
+    chosen = [e for e in errors() if e.bits in (8, 4)]
+    return 100 * sum(e.inside for e in chosen) / len(chosen)
+
+
+def print_tables(errors: Sequence[Error], *, devices: bool) -> None:
+    """The distribution of errors per class and width, baselines beside it; per device with `devices`."""
+    print("class       bits set    rows devices  median%   p90%  inside%   byte ratio%  constant overhead%")
+    for device_class in dict.fromkeys(_CLASSES.values()):
+        for bits in sorted({e.bits for e in errors}, reverse=True):
+            for sweeps in (False, True):
+                chosen = select(errors, device_class, bits, sweeps=sweeps)
+                if chosen:
+                    print(_line(f"{device_class:11s} {bits:4d} {'sweeps' if sweeps else 'main  '}", chosen))
+    if devices:
+        print("\nmedian of the signed error per device, percent (rows)")
+        found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for e in errors:
+            found[_CLASSES[e.group.observed.family], e.group.observed.device][e.bits].append(100 * (e.predicted_ms / e.measured_ms - 1))
+        for (device_class, device), widths in sorted(found.items()):
+            figures = "   ".join(
+                f"{bits} bit {median(values):+.1f} ({len(values)})" for bits, values in sorted(widths.items(), reverse=True)
+            )
+            print(f"{device_class:11s} {device:36s} {figures}")
+
+
+def _line(name: str, chosen: Sequence[Error]) -> str:
+    own = [e.percent() for e in chosen]
+    constant = [e.percent(e.constant_ms) for e in chosen if e.constant_ms]
+    inside = 100 * sum(e.inside for e in chosen) / len(chosen)
+    devices = len({e.group.observed.device for e in chosen})
+    beside = f"{median(e.percent(e.byte_ratio_ms) for e in chosen):12.1f}  {median(constant) if constant else math.nan:18.1f}"
+    return f"{name} {len(chosen):5d} {devices:7d}  {median(own):7.1f}  {np.quantile(own, 0.9):5.1f}  {inside:7.0f}  {beside}"
+
+
+def write_priors(groups: Sequence[Group]) -> None:
+    """Write priors.toml: the default as it stands, and every family fitted on all devices."""
+    text = _PRIORS.read_text(encoding="utf-8")
+    head = text[: text.index("# ---- fitted")] if "# ---- fitted" in text else text.rstrip() + "\n\n"
+    parts = [head + "# ---- fitted: python benchmarks/predict_accuracy.py --write-priors\n"]
+    for family, kinds in _FAMILY_OF_KINDS.items():
+        prior = family_prior(groups, family)
+        devices = len({g.observed.device for g in groups if g.observed.family == family})
+        rows = [f"{name} = [{getattr(prior.factors, name):.3g}, {prior.spread[i]:.3g}]" for i, name in enumerate(FACTORS)]
+        source = f"{devices} devices of benchmarks/measurements" + (f", and {_RELATIVES[family]} widened" if family in _RELATIVES else "")
+        for kind in kinds:
+            parts.append("\n".join([f"[{kind}]", *rows, f"residual = {prior.residual:g}", f'source = "{source}"', ""]))
+    _PRIORS.write_text("\n".join(parts), encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--data", type=Path, default=DATA, metavar="FILE", help="measurements of the same form")
+    parser.add_argument("--devices", action="store_true", help="also print the error of each device")
+    parser.add_argument("--write-priors", action="store_true", help="fit on all devices and write the package's priors")
+    options = parser.parse_args()
+    if options.write_priors:
+        write_priors(read_groups(options.data))
+        return 0
+    found: list[Error] = []
+
+    def errors() -> list[Error]:
+        if not found:
+            found.extend(leave_one_out(read_groups(options.data)))
+        return found
+
+    bars = [
+        Bar(f"{name}-{bits}-bit-{label}", partial(_figure, errors, device_class, bits, quantile), "<=", limit, "percent of decode time")
+        for name, device_class, bits, label, quantile, limit in (
+            ("gpu", "GPU", 8, "median", 0.5, 5.0),
+            ("gpu", "GPU", 4, "median", 0.5, 9.0),
+            ("gpu", "GPU", 8, "p90", 0.9, 12.0),
+            ("gpu", "GPU", 4, "p90", 0.9, 20.0),
+            ("apple", "Apple", 8, "median", 0.5, 3.0),
+            ("apple", "Apple", 4, "median", 0.5, 5.0),
+            ("integrated", "integrated", 8, "median", 0.5, 10.0),
+            ("integrated", "integrated", 4, "median", 0.5, 20.0),
+        )
+    ]
+    bars.append(Bar("interval-coverage-low", partial(_coverage, errors), ">=", 85.0, "percent inside the 90 % interval, all classes"))
+    bars.append(Bar("interval-coverage-high", partial(_coverage, errors), "<=", 95.0, "percent inside the 90 % interval, all classes"))
+    if not options.list:
+        print_tables(errors(), devices=options.devices)
+        print()
+    return run_bars(bars, list_only=options.list, json_file=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
