@@ -150,3 +150,89 @@ def int_linear(
     Raises:
         ValueError: shapes that do not fit, or an instruction set that this CPU lacks.
     """
+
+def engine_instruction_set() -> str:
+    """The instruction set of the engine's own kernels: `avx512`, `avx2` or `portable`."""
+
+def reference_linear(weight: torch.Tensor) -> Linear:
+    """A float32 weight [out, in], multiplied the plain way, for tests."""
+
+class EngineCache:
+    """Keys and values of `sequences` sequences of at most `capacity` tokens; formats: none, float32, bfloat16, int8, fp8, int4."""
+
+    def __init__(
+        self, layers: int, sequences: int, kv_heads: int, dim: int, capacity: int, history: str, window: str, window_tokens: int
+    ) -> None: ...
+    def length(self, sequence: int) -> int: ...
+    def crop(self, sequence: int, length: int) -> None: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def bytes_per_token(self) -> float: ...
+    @property
+    def constant_bytes(self) -> int: ...
+
+class EngineLayer:
+    """The linears and norms of one decoder layer."""
+
+def engine_layer(
+    hidden: int,
+    dim: int,
+    input_norm: torch.Tensor,
+    post_norm: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    linears: list[Linear],
+    biases: list[torch.Tensor | None],
+    sliding: int,
+) -> EngineLayer:
+    """Norms and biases are float32; linears and biases in the order q, k, v, o, gate, up, down."""
+
+class EngineTimes:
+    """Milliseconds of one pass."""
+
+    total: float
+    attention_projections: float
+    attention: float
+    ffn: float
+    head: float
+    layers: float
+
+class Engine:
+    """A decoder of the Llama kind; see src/native/cpu/engine. It points to the tensors and linears it was made from."""
+
+    def __init__(
+        self,
+        embedding: torch.Tensor,
+        layers: list[EngineLayer],
+        final_norm: torch.Tensor,
+        head: Linear,
+        head_bias: torch.Tensor | None,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        intermediate: int,
+        epsilon: float,
+        scale: float,
+        bf16: bool,
+    ) -> None: ...
+    def prefill(
+        self,
+        cache: EngineCache,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        sequence: int,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        best: torch.Tensor,
+    ) -> None: ...
+    def decode(
+        self, cache: EngineCache, cosine: torch.Tensor, sine: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, best: torch.Tensor
+    ) -> None: ...
+    @property
+    def times(self) -> EngineTimes: ...
+    def set_emptied(self, emptied: bool) -> None: ...

@@ -1,6 +1,7 @@
 // The Python face of fewbit's native code; its types are written down in src/fewbit/_native.pyi.
 
 #include "cpu/bindings.hpp"
+#include "cpu/engine/engine_bindings.hpp"
 #include "read_bandwidth.hpp"
 #include "scale_search.hpp"
 
@@ -68,4 +69,5 @@ NB_MODULE(_native, m) {
           "high"_a, "threads"_a, "The best least squares scale of each group into `out`.");
     m.def("squared_error", &squared_error, "weight"_a, "importance"_a.none(), "scale"_a, "out"_a, "low"_a, "high"_a, "threads"_a,
           "The weighted squared error of each group at given scales into `out`.");
+    fewbit::engine::bind_engine(m);
 }

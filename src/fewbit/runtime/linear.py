@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,6 +28,9 @@ from fewbit.kernels.base import Compute, KernelRequest, PassedOver, Selection
 from fewbit.kernels.dispatch import select
 from fewbit.methods.rtn import rtn
 from fewbit.results import KernelUse, PassedOverKernel
+
+if TYPE_CHECKING:
+    from fewbit._native import Linear
 
 __all__ = ["KernelLinearMethod", "LinearMethod", "QuantLinear", "UnquantizedLinearMethod", "kernel_uses"]
 
@@ -69,6 +73,10 @@ class LinearMethod(ABC):
     @abstractmethod
     def packed(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         """The tensors that the kernel keeps on the layer, by name; empty before loading."""
+
+    def native(self, layer: nn.Module) -> Linear | None:
+        """What the engine multiplies with, over the very tensors of `packed`; None when the kernel has no native form."""
+        return None
 
 
 class KernelLinearMethod(LinearMethod):
@@ -133,6 +141,9 @@ class KernelLinearMethod(LinearMethod):
     def packed(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         buffers = layer._buffers
         return {name: tensor for name in self._packed_names if (tensor := buffers[name]) is not None}
+
+    def native(self, layer: nn.Module) -> Linear | None:
+        return self.selection.kernel.native(self.packed(layer), self.request)
 
     def _select(self, request: KernelRequest) -> None:
         self.request = request
