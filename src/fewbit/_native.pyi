@@ -124,6 +124,20 @@ def multiply_in_turn(linears: list[Linear], x: torch.Tensor, y: list[torch.Tenso
         ValueError: shapes or dtypes that do not fit.
     """
 
+def float_instruction_sets() -> list[str]:
+    """Instruction sets for products of floats on this CPU, the best first: `avx512`, `avx2`, `portable`."""
+
+def dense_linear(weight: torch.Tensor, instruction_set: str = "") -> Linear:
+    """A weight in high precision, not copied.
+
+    Args:
+        weight: [out, in] float32 or bfloat16, columns next to each other.
+        instruction_set: one of `float_instruction_sets`; empty: the best.
+
+    Raises:
+        ValueError: dtype or strides that do not fit, or an instruction set that this CPU lacks.
+    """
+
 def int_linear(
     codes: torch.Tensor,
     scales: torch.Tensor,

@@ -3,17 +3,24 @@
 It is the baseline that every quantized kernel is compared with, so it has to be a good one: single-token steps take the faster of torch's
 two paths (`kernels.gemv`). Resident: the weight itself, [out, in], 2 bytes each in BF16. At M = 1 it reads all of them once and does two
 operations per weight: bandwidth-bound.
+
+The decode engine cannot call torch from its threads; it gets fewbit's own product over the same memory (src/native/cpu/dense.hpp).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from fewbit.errors import FormatError
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
+from fewbit.kernels.cpu.extension import native
+
+if TYPE_CHECKING:
+    from fewbit._native import Linear
 
 __all__ = ["DenseKernel"]
 
@@ -44,3 +51,9 @@ class DenseKernel(Kernel):
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
         return torch.nn.functional.linear(x, packed["weight"], bias)
+
+    def native(self, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> Linear | None:
+        weight = packed["weight"]
+        if native is None or weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float32) or not weight.numel():
+            return None
+        return native.dense_linear(weight if weight.stride(1) == 1 else weight.contiguous())

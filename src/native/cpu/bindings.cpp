@@ -1,6 +1,7 @@
 #include "bindings.hpp"
 
 #include "apply.hpp"
+#include "dense.hpp"
 #include "int_linear.hpp"
 #include "sequence.hpp"
 #include "thread_pool.hpp"
@@ -94,6 +95,13 @@ std::unique_ptr<Linear> int_linear(const Array<const std::uint8_t, 3> &codes, co
     return make_int_linear(weight, {bits, in_features, range, static_scale, instruction_set});
 }
 
+std::unique_ptr<Linear> dense_linear(const nb::ndarray<nb::ndim<2>, nb::device::cpu, nb::ro> &weight, const std::string &instruction_set) {
+    check(weight.stride(1) == 1 || weight.shape(1) == 1, "the columns of the weight are not next to each other");
+    check(weight.stride(0) >= 0 && weight.shape(1) != 0, "the weight has no columns, or its rows run backwards");
+    const DenseWeight dense{weight.data(), type_of(weight.dtype()) == Type::bfloat16, weight.shape(1), std::size_t(weight.stride(0))};
+    return make_dense_linear(dense, weight.shape(0), instruction_set);
+}
+
 } // namespace
 
 void bind_cpu(nb::module_ &m) {
@@ -101,6 +109,7 @@ void bind_cpu(nb::module_ &m) {
     m.def("set_threads", &set_threads, "count"_a, nb::call_guard<nb::gil_scoped_release>(), "Replace the threads of the CPU kernels.");
     m.def("int_instruction_sets", &int_instruction_sets, "Instruction sets for integer products on this CPU, the best first.");
 
+    m.def("float_instruction_sets", &float_instruction_sets, "Instruction sets for float products on this CPU, the best first.");
     m.def("multiply_in_turn", &multiply_all, "linears"_a, "x"_a, "y"_a);
 
     nb::class_<Linear>(m, "Linear", nb::is_weak_referenceable())
@@ -112,6 +121,7 @@ void bind_cpu(nb::module_ &m) {
     m.def("int_linear", &int_linear, "codes"_a, "scales"_a, "zeros"_a.none(), "out_features"_a, "in_features"_a, "group"_a, "bits"_a,
           "range"_a = 127.0f, "static_scale"_a = 0.0f, "instruction_set"_a = "", nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
           nb::keep_alive<0, 3>());
+    m.def("dense_linear", &dense_linear, "weight"_a, "instruction_set"_a = "", nb::keep_alive<0, 1>());
 }
 
 } // namespace fewbit

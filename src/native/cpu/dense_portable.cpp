@@ -1,0 +1,20 @@
+// Weights in high precision for portable; see dense.hpp.
+#include "dense.hpp"
+
+#include <utility>
+
+namespace fewbit::portable {
+namespace {
+
+#define FEWBIT_LANES 4
+#define FEWBIT_TOKENS 6
+#define FEWBIT_ROWS 4
+#include "engine/simd.inc"
+
+#include "dense.inc"
+
+} // namespace
+
+extern const DenseMultiply kDenseMultiply = dense_multiply;
+
+} // namespace fewbit::portable
