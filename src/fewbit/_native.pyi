@@ -86,6 +86,20 @@ def set_threads(count: int) -> None:
         ValueError: not 1 to 1024.
     """
 
+class rows:
+    """Row kernels of single instruction sets (a submodule, for tests): one dimension, contiguous, float32."""
+
+    @staticmethod
+    def instruction_sets() -> list[str]: ...
+    @staticmethod
+    def quantize(instruction_set: str, x: torch.Tensor, range: float, static_scale: float, codes: torch.Tensor) -> tuple[float, int]: ...
+    @staticmethod
+    def normalize(instruction_set: str, x: torch.Tensor, weight: torch.Tensor, factor: float, round: bool, out: torch.Tensor) -> None: ...
+    @staticmethod
+    def widen(instruction_set: str, x: torch.Tensor, out: torch.Tensor) -> None: ...
+    @staticmethod
+    def sum_of_squares(instruction_set: str, x: torch.Tensor) -> float: ...
+
 def int_instruction_sets() -> list[str]:
     """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `portable`."""
 

@@ -122,6 +122,7 @@ void bind_cpu(nb::module_ &m) {
           "range"_a = 127.0f, "static_scale"_a = 0.0f, "instruction_set"_a = "", nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
           nb::keep_alive<0, 3>());
     m.def("dense_linear", &dense_linear, "weight"_a, "instruction_set"_a = "", nb::keep_alive<0, 1>());
+    bind_rows(m);
 }
 
 } // namespace fewbit

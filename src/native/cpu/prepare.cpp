@@ -13,7 +13,10 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 
-const RowKernels &row_kernels() { return row_kernels_portable(); }
+const RowKernels &row_kernels() {
+    static const RowKernels &chosen = *row_kernels_available().front();
+    return chosen;
+}
 
 const float *row_values(const Rows &x, std::size_t row, float *scratch) {
     if (x.type == Type::float32) return static_cast<const float *>(x.data) + row * x.stride;
@@ -22,6 +25,18 @@ const float *row_values(const Rows &x, std::size_t row, float *scratch) {
 }
 
 } // namespace
+
+std::vector<const RowKernels *> row_kernels_available() {
+    std::vector<const RowKernels *> found;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+        found.push_back(&row_kernels_avx512());
+    }
+    if (__builtin_cpu_supports("avx2")) found.push_back(&row_kernels_avx2());
+#endif
+    found.push_back(&row_kernels_portable());
+    return found;
+}
 
 bool operator==(const InputFormat &a, const InputFormat &b) {
     return a.kind == b.kind && a.group == b.group && a.range == b.range && a.static_scale == b.static_scale;

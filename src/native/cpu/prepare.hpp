@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace fewbit {
 
@@ -31,6 +32,11 @@ struct Norm {
     float epsilon = 0.0f;
     bool round = false; // round to BF16 after the division and after the weight, as a BF16 model does
 };
+
+struct RowKernels;
+
+// Those that this CPU runs, the fastest first; the portable ones are always the last.
+std::vector<const RowKernels *> row_kernels_available();
 
 bool operator==(const InputFormat &a, const InputFormat &b);
 

@@ -8,6 +8,7 @@
 namespace fewbit {
 
 struct RowKernels {
+    const char *name;
     // BF16 to float32.
     void (*widen)(const std::uint16_t *in, float *out, std::size_t count);
     // Sum of squares in float32, by several partial sums.
@@ -20,5 +21,9 @@ struct RowKernels {
 };
 
 const RowKernels &row_kernels_portable();
+#if defined(__x86_64__)
+const RowKernels &row_kernels_avx2();
+const RowKernels &row_kernels_avx512();
+#endif
 
 } // namespace fewbit

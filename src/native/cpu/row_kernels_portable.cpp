@@ -78,7 +78,7 @@ std::int32_t quantize(const float *x, std::size_t count, std::size_t padded, flo
 } // namespace
 
 const RowKernels &row_kernels_portable() {
-    static const RowKernels kernels{widen, sum_of_squares, normalize, quantize};
+    static const RowKernels kernels{"portable", widen, sum_of_squares, normalize, quantize};
     return kernels;
 }
 
