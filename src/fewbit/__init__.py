@@ -3,7 +3,7 @@
     import fewbit
 
     results = fewbit.compare(variants="bf16,int8-w8a16,int4-w4a16")     # every figure of the table, as frozen dataclasses
-    loaded = fewbit.load_model(fewbit.open_source(None), fewbit.QuantizationConfig(fewbit.get_scheme("W4A16")))
+    loaded = fewbit.load("quantized/w4a16")                             # any layout: a directory, a GGUF file, a hub id
 
 Each name below is imported from its layer when it is first used, so that `import fewbit` and `fewbit --help` do not wait for torch.
 `fewbit.bench` and `fewbit.evaluate` are layers, which is why their workflows are called `bench_model` and `evaluate_model` here.
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fewbit.workflows.formats import describe_formats
     from fewbit.workflows.generate import generate_text
     from fewbit.workflows.kernels import list_kernels
+    from fewbit.workflows.load import load
     from fewbit.workflows.quantize import quantize_model
     from fewbit.workflows.report import build_report
     from fewbit.workflows.verify import verify_checkpoint
@@ -75,6 +76,7 @@ __all__ = [
     "get_scheme",
     "gptq",
     "list_kernels",
+    "load",
     "load_model",
     "open_source",
     "quantize",
@@ -120,6 +122,7 @@ _HOMES = {
     "get_scheme": "fewbit.formats.spec:get_scheme",
     "gptq": "fewbit.methods.gptq:gptq",
     "list_kernels": "fewbit.workflows.kernels:list_kernels",
+    "load": "fewbit.workflows.load:load",
     "load_model": "fewbit.runtime.load:load_model",
     "open_source": "fewbit.checkpoints.sources:open_source",
     "quantize": "fewbit.formats.quantize:quantize",

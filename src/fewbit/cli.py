@@ -277,7 +277,7 @@ def quantize(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Who is to load it: compressed-tensors, gptq, gptq_v2 or awq.",
+            help="Who is to load it: compressed-tensors, gptq, gptq_v2, awq or gguf.",
         ),
     ] = "compressed-tensors",
     group_size: Annotated[
@@ -356,17 +356,17 @@ def quantize(
 
 @app.command(epilog=_example("fewbit convert quantized/w4a16 --format gptq --out quantized/w4a16-gptq"))
 def convert(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A quantized checkpoint: a directory or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A quantized checkpoint: a directory, a GGUF file or a hub id.")],
     *,
     layout: Annotated[
         str,
         typer.Option(
             "--format",
             metavar="NAME",
-            help="compressed-tensors, gptq, gptq_v2 or awq; dense or dense-float32 to dequantize.",
+            help="compressed-tensors, gptq, gptq_v2, awq or gguf; dense or dense-float32 to dequantize.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory; it appears when it is whole.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory, or FILE.gguf; it appears when it is whole.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR.")] = False,
     json: JsonOption = False,
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fewbit.errors import OutputError
 
-__all__ = ["check_target", "output_directory", "put_in_place", "translated"]
+__all__ = ["check_target", "output_directory", "output_file", "put_in_place", "translated"]
 
 _REMEDIES = {
     errno.ENOSPC: "free some space, or name a directory on another disk",
@@ -58,6 +58,35 @@ def output_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def output_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A file to write that becomes `path` when the block ends without an error, and disappears when it does not.
+
+    Args:
+        path: the file to make; its directory is made when it is missing.
+        overwrite: replace an existing file; it stays in place until the new one is whole.
+
+    Yields:
+        `path` with `.partial` appended.
+
+    Raises:
+        OutputError: `path` is a directory, or exists and may not be replaced; or the system refuses a write.
+    """
+    target = Path(path).absolute()
+    partial = target.with_name(f"{target.name}.partial")
+    if target.is_dir():
+        raise OutputError(f"'{target}' is a directory", "name a file")
+    if target.exists() and not overwrite:
+        raise OutputError(f"'{target}' exists", "name another file, or allow to overwrite it")
+    try:
+        with translated(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_target(target: Path, overwrite: bool) -> None:
     """Whether the directory may be made, or replaced.
 
@@ -72,7 +101,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"'{target}' exists and is not empty", "name another directory, or allow to overwrite it")
-    if not (target / "config.json").is_file():
+    if not (target / "config.json").is_file() and not any(target.glob("*.gguf")):
         raise OutputError(f"'{target}' holds something else than a checkpoint (no config.json)", "name another directory")
 
 

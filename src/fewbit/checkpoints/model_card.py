@@ -33,6 +33,7 @@ _LOADING: Mapping[str, Sequence[str]] = {
         ("gptq", "gptq_v2", "awq"),
         (*_TRANSFORMERS, "transformers needs the packages `gptqmodel` and `optimum`. vLLM and SGLang run the format on their own kernels."),
     ),
+    "gguf": ("```sh", "llama-server -m model-*.gguf", "```", "", "transformers decodes it to high precision with `gguf_file=`."),
 }
 
 

@@ -24,6 +24,7 @@ LAYOUTS: Mapping[str, tuple[str, str, tuple[Any, ...]]] = {
     "gptq": ("gptq", "GptqLayout", (1,)),
     "gptq_v2": ("gptq", "GptqLayout", (2,)),
     "awq": ("awq", "AwqLayout", ()),
+    "gguf": ("gguf", "GgufLayout", ()),
     "dense": ("dense", "DenseLayout", (torch.bfloat16,)),
     "dense-float32": ("dense", "DenseLayout", (torch.float32,)),
 }

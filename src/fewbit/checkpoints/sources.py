@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from fewbit.checkpoints.gguf_header import gguf_path
+from fewbit.checkpoints.gguf_source import GgufSource
 from fewbit.checkpoints.layout import LinearsReader, quantization_fields
 from fewbit.checkpoints.registry import quantized_reader
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
@@ -384,17 +386,19 @@ def open_source(model: str | Path | None = None) -> TensorSource:
     """The source of a model.
 
     Args:
-        model: a local directory; a hub id such as `Qwen/Qwen2.5-0.5B` when there is no such path; the bundled reference model when None.
+        model: a local directory or GGUF file; a hub id such as `Qwen/Qwen2.5-0.5B` when there is no such path; the bundled reference
+            model when None.
 
     Raises:
         ModelNotFoundError: no such directory, or the hub cannot be reached and has not been downloaded before.
-        UnsupportedModelError, CheckpointError: as `DirectorySource`.
+        UnsupportedModelError, CheckpointError: as `DirectorySource` and `GgufSource`.
     """
     if model is None:
         return DirectorySource(reference_model_dir(), name="fewbit's reference model")
     if not Path(model).exists() and isinstance(model, str) and _HUB_ID.fullmatch(model):
         return DirectorySource(_download(model), name=model)
-    return DirectorySource(model)
+    gguf = gguf_path(model)
+    return DirectorySource(model) if gguf is None else GgufSource(gguf, name=str(model))
 
 
 def _download(hub_id: str) -> Path:

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 from fewbit.checkpoints.assemble import Feed, write_shards
-from fewbit.checkpoints.directory import output_directory
+from fewbit.checkpoints.directory import output_directory, output_file
 from fewbit.checkpoints.express import express
+from fewbit.checkpoints.gguf import write_gguf
+from fewbit.checkpoints.gguf_source import GgufSource
 from fewbit.checkpoints.layout import Layout, named
 from fewbit.checkpoints.registry import LAYOUTS, get_layout
 from fewbit.checkpoints.safetensors_files import TensorEntry
@@ -34,6 +36,7 @@ from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.results import ConvertResult
+from fewbit.workflows.gguf_files import gguf_target, identity_of, plain_config
 from fewbit.workflows.quantize_files import copy_companions, write_json
 
 __all__ = ["convert_checkpoint"]
@@ -54,9 +57,9 @@ def convert_checkpoint(
     """Write a quantized checkpoint in another layout.
 
     Args:
-        model: a directory or a hub id.
+        model: a directory, a GGUF file or a hub id.
         layout: one of `checkpoints.registry.LAYOUTS`.
-        out: the directory to make; it appears when it is whole.
+        out: the directory to make (GGUF: the file, or a directory for it); it appears when it is whole.
         overwrite: replace an existing checkpoint.
         progress: called with (tensors done, tensors, what is being done).
 
@@ -71,10 +74,16 @@ def convert_checkpoint(
         raise UsageError(f"'{source.describe()}' is not quantized", "quantize it: fewbit quantize --format")
     scheme, losses = _target_scheme(source, target)
     work = _Conversion(source, target, scheme)
-    with output_directory(out, overwrite=overwrite) as directory:
-        tell = None if progress is None else lambda done, total: progress(done, total, "converting")
-        written = work.write(directory, max_shard_bytes, tell)
-        work.check(directory)
+    tell = None if progress is None else lambda done, total: progress(done, total, "converting")
+    if target.single_file:
+        out = gguf_target(Path(out), target.format_name(scheme))
+        with output_file(out, overwrite=overwrite) as file:
+            written = work.write_file(file, tell)
+            work.check(file)
+    else:
+        with output_directory(out, overwrite=overwrite) as directory:
+            written = work.write(directory, max_shard_bytes, tell)
+            work.check(directory)
     return ConvertResult(
         model=source.describe(),
         out=str(out),
@@ -88,7 +97,7 @@ def convert_checkpoint(
         scales=work.tally.scales,
         rounded_scales=work.tally.rounded,
         worst_scale_change=work.tally.worst,
-        losses=[*losses, *work.tally.sentences()],
+        losses=[*losses, *work.losses, *work.tally.sentences()],
         source_bytes=source.weight_bytes_on_disk or 0,
         checkpoint_bytes=written,
         duration_s=time.monotonic() - started,
@@ -157,16 +166,29 @@ class _Conversion:
 
     def __init__(self, source: TensorSource, target: Layout, scheme: Scheme) -> None:
         self._source, self._target, self._scheme, self.tally = source, target, scheme, _Tally()
+        self.losses: list[str] = []
 
     def write(self, directory: Path, max_shard_bytes: int, tell: Callable[[int, int], None] | None) -> int:
         """Everything but the check."""
+        total = write_shards(self._feed(), self._target, self._scheme, directory, directory / ".spool", max_shard_bytes, tell)
+        self._companions(directory)
+        return total
+
+    def write_file(self, file: Path, tell: Callable[[int, int], None] | None) -> int:
+        """The same into one GGUF file."""
+        with identity_of(self._source) as identity:
+            total, losses = write_gguf(self._feed(), self._scheme, file, identity, tell)
+        self.losses += losses
+        return total
+
+    def _feed(self) -> Feed:
         source = self._source
         files = source.files if isinstance(source, DirectorySource) else None
 
         def entry(name: str) -> TensorEntry | None:
             return files.entry(name) if files is not None and name in files else None
 
-        feed = Feed(
+        return Feed(
             names=source.names(),
             quantized=source.quantized_linears,
             shape=source.shape,
@@ -174,9 +196,6 @@ class _Conversion:
             entry=entry,
             linear=self.linear,
         )
-        total = write_shards(feed, self._target, self._scheme, directory, directory / ".spool", max_shard_bytes, tell)
-        self._companions(directory)
-        return total
 
     def linear(self, prefix: str) -> QuantizedTensor:
         """One linear in the target's format; counts what changed, once per linear."""
@@ -206,8 +225,11 @@ class _Conversion:
             copy_companions(source.directory, directory)
             config: dict[str, Any] = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
         else:
-            config = source.config.to_dict()
+            config = plain_config(source)
             source.tokenizer().save_pretrained(directory)
+            generation = source.generation_config()
+            if generation is not None:
+                generation.save_pretrained(directory)
         for name in ("quantization_config", "compression_config"):
             config.pop(name, None)
         fields = self._target.config_fields(self._scheme, self._left_out())
@@ -224,13 +246,13 @@ class _Conversion:
         names = [name.removesuffix(".weight") for name in self._source.names() if name.endswith(".weight")]
         return [name for name in names if name not in quantized and (name.rpartition(".")[2] in kinds or name == "lm_head")] or ["lm_head"]
 
-    def check(self, directory: Path) -> None:
+    def check(self, path: Path) -> None:
         """Read everything back.
 
         Raises:
             OutputError: it differs from what was meant to be written.
         """
-        written: TensorSource = DirectorySource(directory)
+        written: TensorSource = GgufSource(path) if self._target.single_file else DirectorySource(path)
         lost = set(self._source.names()) ^ set(written.names())
         if lost:
             raise OutputError(f"'{min(lost)}' is in only one of the two checkpoints", _BUG)
@@ -240,6 +262,11 @@ class _Conversion:
                 self._compare(dequantize(expected), written.get(f"{prefix}.weight").float())
             elif not _same(expected, found):
                 raise OutputError(f"'{prefix}' does not read back as it was written", _BUG)
+        for name in self._source.names():
+            if name.removesuffix(".weight") not in self._source.quantized_linears:
+                before, after = self._source.get(name), written.get(name)
+                if before.shape != after.shape or not torch.equal(before.to(after.dtype), after):
+                    raise OutputError(f"'{name}' does not read back as it was written", _BUG)
 
     def _compare(self, expected: torch.Tensor, found: torch.Tensor) -> None:
         difference = (expected - found).abs()

@@ -300,7 +300,7 @@ def _result(
         settings=facts,
         layers=outcome.layers,
         blocks=outcome.blocks,
-        notes=[*plan.notes, *outcome.notes, *_mixed_experts([layer.name for layer in quantized], ignored)],
+        notes=[*plan.notes, *outcome.notes, *totals.notes, *_mixed_experts([layer.name for layer in quantized], ignored)],
     )
 
 

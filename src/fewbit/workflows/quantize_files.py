@@ -14,15 +14,18 @@ from typing import Any
 
 from fewbit.checkpoints.assemble import Feed, write_shards
 from fewbit.checkpoints.compressed_tensors import CompressedTensorsLayout, read_linear
+from fewbit.checkpoints.gguf import write_gguf
 from fewbit.checkpoints.layout import Layout
 from fewbit.checkpoints.model_card import model_card, source_licence
 from fewbit.checkpoints.registry import quantized_reader
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles, TensorEntry
 from fewbit.checkpoints.shards import copy_into_shards
+from fewbit.checkpoints.sources import DirectorySource, open_source
 from fewbit.checkpoints.unfinished import Unfinished
 from fewbit.errors import OutputError
 from fewbit.formats.spec import Scheme
 from fewbit.results import QuantizeResult
+from fewbit.workflows.gguf_files import gguf_target, identity_of
 from fewbit.workflows.quantize_plan import QuantizePlan
 
 __all__ = ["RECIPE_NAME", "TensorTotals", "copy_companions", "write_companions", "write_json", "write_weights"]
@@ -64,11 +67,13 @@ class TensorTotals:
     Attributes:
         parameters, source_bytes: of the source. checkpoint_bytes: of the checkpoint. kept: tensors that are the source's, unchanged.
         quantized: linears that were quantized, as the disk calls them.
+        notes: what the layout does not carry over, one line each.
     """
 
     def __init__(self) -> None:
         self.parameters = self.source_bytes = self.checkpoint_bytes = self.kept = 0
         self.quantized: set[str] = set()
+        self.notes: list[str] = []
 
 
 def write_weights(
@@ -119,7 +124,12 @@ def write_weights(
         entry=entry_of,
         linear=lambda prefix: read_linear(files[prefix], prefix, scheme),
     )
-    totals.checkpoint_bytes = write_shards(feed, layout, scheme, work.checkpoint, work.scratch / "spool", max_shard_bytes)
+    if layout.single_file:
+        with identity_of(DirectorySource(plan.directory)) as identity:
+            file = gguf_target(work.checkpoint, layout.format_name(scheme))
+            totals.checkpoint_bytes, totals.notes = write_gguf(feed, scheme, file, identity)
+    else:
+        totals.checkpoint_bytes = write_shards(feed, layout, scheme, work.checkpoint, work.scratch / "spool", max_shard_bytes)
     return totals
 
 
@@ -162,13 +172,18 @@ def write_companions(plan: QuantizePlan, scheme: Scheme, result: QuantizeResult,
         OutputError: what was written does not read back.
         OSError: the system refuses a write.
     """
-    copy_companions(plan.directory, out)
-    config = json.loads((plan.directory / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = fields = layout.config_fields(scheme, result.ignored_linears)
-    write_json(out / "config.json", config)
-    for name, content in layout.companions(scheme, result.ignored_linears).items():
-        write_json(out / name, content)
-    if set(quantized_reader(out, fields).linears) != quantized:
+    if layout.single_file:
+        read = open_source(out)  # configuration and tokenizer are in the file
+        linears = read.quantized_linears or quantized  # Q4_1 reads as high precision
+    else:
+        copy_companions(plan.directory, out)
+        config = json.loads((plan.directory / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = fields = layout.config_fields(scheme, result.ignored_linears)
+        write_json(out / "config.json", config)
+        for name, content in layout.companions(scheme, result.ignored_linears).items():
+            write_json(out / name, content)
+        linears = frozenset(quantized_reader(out, fields).linears)
+    if set(linears) != quantized:
         raise OutputError(f"'{out}' does not read back as it was written", _BUG)
     versions = {name: result.settings[name] for name in ("fewbit", "torch", "compressed-tensors")}
     (out / "README.md").write_text(model_card(result, versions=versions, licence=source_licence(plan.directory)), encoding="utf-8")
