@@ -18,7 +18,7 @@ BIN := .venv/bin
 STAMP := .venv/.fewbit-setup
 NATIVE := CMakeLists.txt $(wildcard src/native/*)
 
-.PHONY: help setup compare test runtimes check format wheel schema docs bench lock clean
+.PHONY: help setup compare test runtimes test-runtimes check format wheel schema docs bench lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -40,6 +40,10 @@ test: setup ## the test suite
 
 runtimes: setup ## the environments of vLLM, llama.cpp, transformers and OpenVINO in FEWBIT_ENVS (~/.cache/fewbit/envs), for verify
 	$(BIN)/python scripts/runtimes/environments.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+test-runtimes: setup ## every cell of the matrix of checkpoints and runtimes, with the runtimes that are installed; then docs/runtimes.md
+	FEWBIT_HEAVY=1 FEWBIT_RECORD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runtimes -q
+	$(BIN)/python scripts/generate_docs.py
 
 check: setup ## lint, format, types, layers
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ cli.md comes from the commands themselves, reference.md from the registries: sch
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fewbit.evaluate.protocols import Protocol
 
 DOCS = Path(__file__).parents[1] / "docs"
+PROVEN = DOCS / "runtimes.json"  # written by tests/runtimes
 NOTICE = "<!-- Written by `make docs`; do not edit. -->"
 
 
@@ -116,22 +118,63 @@ def _protocol(protocol: Protocol) -> str:
 
 
 def runtimes_page() -> str:
-    """docs/runtimes.md: which checkpoints which runtimes load."""
+    """docs/runtimes.md: which checkpoints which runtimes load, and what `make test-runtimes` measured last."""
     from fewbit.checkpoints.runtimes import kinds, runtimes
 
+    proven: dict[str, Any] = json.loads(PROVEN.read_text(encoding="utf-8")) if PROVEN.is_file() else {}
     rows = [
-        (kind.title, *("yes" if (reason := kind.reason_against(r.name)) is None else f"no: {reason}" for r in runtimes()))
+        (kind.title, *(_cell(kind.reason_against(r.name), [proven.get(str(m), {}).get(r.name) for m in kind.made]) for r in runtimes()))
         for kind in kinds().values()
+    ]
+    runs = [
+        (f"`{made}`", runtime.title, *_run(check))
+        for kind in kinds().values()
+        for made in map(str, kind.made)
+        for runtime in runtimes()
+        if (check := proven.get(made, {}).get(runtime.name)) is not None
     ]
     parts = [
         "# Checkpoints and runtimes",
         NOTICE,
         "Which checkpoints these programs load on a machine without a GPU. `fewbit verify DIR` lets the installed ones load a checkpoint "
-        "and compares what they compute; `make runtimes` installs them.",
+        "and compares what they compute; `make runtimes` installs them; `make test-runtimes` goes through this table.",
         table(("runtime", "versions"), ((r.title, r.versions) for r in runtimes())),
+        "**yes**: `make test-runtimes` has seen it with checkpoints that fewbit wrote; yes in plain type: known to load, not in that test. "
+        "**no**: the runtime refused it in that test.",
         table(("checkpoint", *(r.title for r in runtimes())), rows),
+        "## What was measured",
+        "Root mean square difference in nats of the log-probabilities of given tokens from those of fewbit's own runtime, beside the same "
+        "for the dequantized model (the runtime's noise floor) and for a copy with one damaged linear; and how many linears answer probes "
+        "of +1 and -1 as the dequantized weights do. A cell passes within two floors, with all linears equal, and when the copy fails.",
+        table(("checkpoint", "runtime", "result", "difference", "floor", "damaged copy", "linears equal", "date"), runs)
+        if runs
+        else "Nothing yet.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(reason: str | None, checks: Sequence[dict[str, Any] | None]) -> str:
+    """One cell: bold where every checkpoint of the row was tried and did what the matrix says."""
+    expected = "passed" if reason is None else "refused"
+    seen = bool(checks) and all(check is not None and check["status"] == expected for check in checks)
+    word = "yes" if reason is None else "no"
+    return (f"**{word}**" if seen else word) + ("" if reason is None else f": {reason}")
+
+
+def _run(check: dict[str, Any]) -> tuple[str, ...]:
+    if check["status"] != "passed":
+        reason = " ".join(check["reason"].split())
+        return (f"{check['status']}: {reason[:120]}", "-", "-", "-", "-", check["date"])
+    control = check["control_rms_nats"]
+    equal = check["layers_compared"] - len(check["layers_differing"])
+    return (
+        "passed",
+        f"{check['difference_rms_nats']:.2g}",
+        f"{check['floor_rms_nats']:.2g}",
+        "does not load" if control is None else f"{control:.2g}, {check['control_layers']} linears",
+        f"{equal} of {check['layers_compared']}" if check["layers_compared"] else "-",
+        check["date"],
+    )
 
 
 PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_page, "reference.md": reference_page, "runtimes.md": runtimes_page}

@@ -318,6 +318,9 @@ def quantize(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write a checkpoint that failed the gate, marked as such.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR, or unfinished work of another command.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="At the end do what `fewbit verify` does, with the runtimes that are installed.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every layer in the table, not only the worst.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -348,10 +351,13 @@ def quantize(
             ignore=("lm_head", *(ignore or ())),
             layout=layout,
             overwrite=overwrite,
+            verify=("all",) if verify else None,
             progress=progress,
             on_estimate=None if json else lambda estimate: typer.echo(f"Estimate: {estimate_text(estimate)}", err=True),
         )
     _print_json(result) if json else render_quantize(result, _console(), verbose=verbose)
+    if result.verify is not None and not result.verify.passed:
+        raise typer.Exit(1)
 
 
 @app.command(epilog=_example("fewbit convert quantized/w4a16 --format gptq --out quantized/w4a16-gptq"))
@@ -411,6 +417,29 @@ def verify(
     _print_json(result) if json else render_verify(result, _console())
     if not result.passed:
         raise typer.Exit(1)
+
+
+@app.command(epilog=_example("fewbit serve quantized/w4a16 --port 8000"))
+def serve(
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint by any tool: a Hugging Face directory or a GGUF file.")],
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="vllm, llama.cpp or transformers; the first that is installed and loads it if left out."),
+    ] = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where it listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535)] = 8000,
+    context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Length of a sequence; the model's own if left out.", min=1)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
+) -> None:
+    """Start the best installed server for a checkpoint with the right flags, and print a curl line that asks it."""
+    from fewbit.workflows.serve import run_server, serve_plan
+
+    plan = serve_plan(checkpoint, runtime=runtime, host=host, port=port, context=context)
+    for name, reason in plan.passed_over.items():
+        typer.echo(f"not {name}: {reason}", err=True)
+    typer.echo(plan.shell, err=not dry_run)
+    if not dry_run:
+        raise typer.Exit(run_server(plan, on_ready=lambda ready: typer.echo(ready.curl)))
 
 
 @app.command(epilog=_example("fewbit plan qwen2.5-7b --scheme W4A16 --kv KV-INT8 --hardware jetson-agx-orin-64gb --batch 16"))

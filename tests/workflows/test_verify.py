@@ -33,14 +33,15 @@ def w4(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_good_checkpoint_has_no_problems(w4: Path, tiny_llama_dir: Path) -> None:
     result = verify_checkpoint(w4, against=tiny_llama_dir, runtime_names=())
     assert result.passed and not result.problems
-    assert result.linears == 14 and result.kind == "compressed-tensors W4A16, symmetric" and result.compared_with == ["source"]
+    assert result.linears == 14 and result.kind == "compressed-tensors W4A16, symmetric"
+    assert result.compared_with == ["recipe", "source"]
 
 
 def test_damaged_scales_are_found_and_named(w4: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
     copy = damaged_copy(w4, LINEAR, tmp_path / "damaged")
     result = verify_checkpoint(copy, against=tiny_llama_dir, runtime_names=())
     assert not result.passed
-    assert len(result.problems) == 1 and LINEAR in result.problems[0]
+    assert len(result.problems) == 2 and all(LINEAR in problem for problem in result.problems)
 
 
 def test_a_recorded_digest_that_differs_is_found(w4: Path, tmp_path: Path) -> None:
@@ -115,3 +116,12 @@ def test_each_cell_of_the_matrix_is_yes_or_a_reason() -> None:
     for kind in kinds().values():
         assert kind.cells and set(kind.cells) <= names, kind.name
         assert all(reason is None or len(reason) > 10 for reason in kind.cells.values()), kind.name
+
+
+def test_quantize_verifies_what_it_wrote_when_asked(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    settings = WalkSettings(gate=GateChoice(enabled=False))
+    result = quantize_model(tiny_llama_dir, scheme="W4A16-G32", out=tmp_path / "w4", settings=settings, verify=())
+    assert result.verify is not None and result.verify.passed
+    assert result.verify.compared_with == ["recipe", "source"]
+    again = quantize_model(tiny_llama_dir, scheme="W4A16-G32", out=tmp_path / "w4b", settings=settings)
+    assert again.verify is None

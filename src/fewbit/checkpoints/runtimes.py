@@ -19,7 +19,7 @@ from typing import Any
 
 from fewbit.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError, UsageError
 
-__all__ = ["Kind", "Runtime", "get_runtime", "kind_of", "kinds", "runtimes"]
+__all__ = ["Kind", "Made", "Runtime", "get_runtime", "kind_of", "kinds", "runtimes"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,24 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Made:
+    """A checkpoint that proves a row, in the words of `fewbit quantize`.
+
+    Attributes:
+        format, scheme, group_size, method: its options.
+    """
+
+    format: str
+    scheme: str
+    group_size: int | None = None
+    method: str = "rtn"
+
+    def __str__(self) -> str:
+        group = "" if self.group_size is None else f"-g{self.group_size}"
+        return f"{self.format}-{self.scheme.lower()}{group}"
+
+
+@dataclass(frozen=True)
 class Kind:
     """A row of the matrix.
 
@@ -47,11 +65,13 @@ class Kind:
         name: for example `gptq-4`.
         title: as people write it.
         cells: runtime to None when it loads the kind, else to the reason why not; a runtime that has no word for the layout is left out.
+        made: what `make test-runtimes` writes to prove the row.
     """
 
     name: str
     title: str
     cells: Mapping[str, str | None]
+    made: tuple[Made, ...] = ()
 
     def reason_against(self, runtime: str) -> str | None:
         """None when the runtime loads this kind, else why not."""
@@ -86,7 +106,12 @@ def kinds() -> Mapping[str, Kind]:
     """The rows, by name."""
     names = {runtime.name for runtime in runtimes()}
     return {
-        name: Kind(name, fields["title"], {r: None if cell is True else cell for r, cell in fields.items() if r in names})
+        name: Kind(
+            name,
+            fields["title"],
+            {r: None if cell is True else cell for r, cell in fields.items() if r in names},
+            tuple(Made(**row) for row in fields.get("made", ())),
+        )
         for name, fields in _table()["kinds"].items()
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from fewbit.report.verify_table import render_verify
 from fewbit.results import GateResult, Interval, LayerReport, QuantizeEstimate, QuantizeResult
 
 __all__ = ["estimate_text", "gate_text", "layers_table", "quantize_table", "render_quantize"]
@@ -107,6 +108,8 @@ def render_quantize(result: QuantizeResult, console: Console, *, verbose: bool =
     for note in result.notes:
         console.print(f"Note: {note}", highlight=False, soft_wrap=True)
     console.print(quantize_table(result))
+    if result.verify is not None:
+        render_verify(result.verify, console)
     console.print(f"Quality on more text: fewbit evaluate {result.out}", style="dim", highlight=False, soft_wrap=True)
 
 

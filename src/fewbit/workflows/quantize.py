@@ -42,6 +42,7 @@ from fewbit.walk.walk import ProgressCallback, Walk, WalkOutcome
 from fewbit.workflows.environment import environment
 from fewbit.workflows.quantize_files import RECIPE_NAME, TensorTotals, write_companions, write_weights
 from fewbit.workflows.quantize_plan import QuantizePlan, check_kept, check_method, plan_linears, resolve_scheme, scheme_of_method
+from fewbit.workflows.verify import verify_checkpoint
 
 __all__ = ["quantize_model"]
 
@@ -63,6 +64,7 @@ def quantize_model(
     layout: str = "compressed-tensors",
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: Sequence[str] | None = None,
     progress: ProgressCallback | None = None,
     on_estimate: EstimateCallback | None = None,
 ) -> QuantizeResult:
@@ -78,6 +80,8 @@ def quantize_model(
         ignore: linears that stay in high precision: shell patterns on the dotted name or its last part.
         layout: one of `checkpoints.registry.LAYOUTS`: who is to load it.
         overwrite: replace an existing checkpoint, and start over where another command left work.
+        verify: runtimes that are asked about the finished checkpoint, as for `verify_checkpoint`; None: it is not verified. What that finds
+            is in the result; the checkpoint stays.
         progress: called with (blocks done, blocks, what is being done).
         on_estimate: called before the work with what it will take; the time is estimated only for it, because that takes two seconds.
 
@@ -107,7 +111,8 @@ def quantize_model(
     command = _command(source, resolved, settings, plan, facts, calibration, gate, max_shard_bytes, target)
     with resumable_directory(out, command, overwrite=overwrite) as work:
         if work.done:
-            return replace(TypeAdapter(QuantizeResult).validate_python(work.result), out=str(out))
+            finished = replace(TypeAdapter(QuantizeResult).validate_python(work.result), out=str(out))
+            return _verified(finished, source, verify)
         estimate = _estimate(source, plan, resolved, settings, dtype, Path(out), on_estimate)
         budget = MemoryBudget(memory_bytes() // 4 if settings.memory_bytes is None else settings.memory_bytes, work.scratch)
         skeleton = Skeleton(source, dtype=dtype)
@@ -129,9 +134,16 @@ def quantize_model(
             peak_rss_bytes=peak_rss_bytes(),
             estimate=estimate,
         )
-        write_companions(plan, resolved, result, totals.quantized, work.checkpoint, target)
+        write_companions(plan, resolved, result, totals, work.checkpoint, target)
         work.finish(RECIPE_NAME, asdict(result))
-    return result
+    return _verified(result, source, verify)
+
+
+def _verified(result: QuantizeResult, source: TensorSource, runtimes: Sequence[str] | None) -> QuantizeResult:
+    """The result with what verification found, where it was wanted."""
+    if runtimes is None:
+        return result
+    return replace(result, verify=verify_checkpoint(result.out, against=source.directory, runtime_names=runtimes))
 
 
 def _estimate(

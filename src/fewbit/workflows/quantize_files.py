@@ -23,6 +23,7 @@ from fewbit.checkpoints.shards import copy_into_shards
 from fewbit.checkpoints.sources import DirectorySource, open_source
 from fewbit.checkpoints.unfinished import Unfinished
 from fewbit.errors import OutputError
+from fewbit.formats.digest import digest
 from fewbit.formats.spec import Scheme
 from fewbit.results import QuantizeResult
 from fewbit.workflows.gguf_files import gguf_target, identity_of
@@ -68,9 +69,11 @@ class TensorTotals:
         parameters, source_bytes: of the source. checkpoint_bytes: of the checkpoint. kept: tensors that are the source's, unchanged.
         quantized: linears that were quantized, as the disk calls them.
         notes: what the layout does not carry over, one line each.
+        digests: of their numbers as the method made them (`formats.digest`), which `fewbit verify` compares with what it reads.
     """
 
     def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
         self.parameters = self.source_bytes = self.checkpoint_bytes = self.kept = 0
         self.quantized: set[str] = set()
         self.notes: list[str] = []
@@ -109,6 +112,7 @@ def write_weights(
     forgotten = set(made) - used
     if forgotten:
         raise OutputError(f"'{min(forgotten)}' was made and belongs to no tensor of the source", _BUG)
+    totals.digests = {prefix: digest(read_linear(files[prefix], prefix, scheme)) for prefix in sorted(files)}
     if isinstance(layout, CompressedTensorsLayout):  # the steps are in this layout already: their bytes are copied
         totals.checkpoint_bytes = _copy(source, made, totals.quantized, work.checkpoint, max_shard_bytes)
         return totals
@@ -161,11 +165,11 @@ def _parts(prefix: str, made: Mapping[str, TensorEntry]) -> Iterator[tuple[str, 
             yield f"{prefix}.{part}", made[f"{prefix}.{part}"]
 
 
-def write_companions(plan: QuantizePlan, scheme: Scheme, result: QuantizeResult, quantized: set[str], out: Path, layout: Layout) -> None:
+def write_companions(plan: QuantizePlan, scheme: Scheme, result: QuantizeResult, totals: TensorTotals, out: Path, layout: Layout) -> None:
     """config.json, tokenizer, chat template, generation configuration, model card and recipe.
 
     Args:
-        quantized: linears that are quantized, as the disk calls them.
+        totals: what `write_weights` returned.
         out: where to.
 
     Raises:
@@ -174,7 +178,8 @@ def write_companions(plan: QuantizePlan, scheme: Scheme, result: QuantizeResult,
     """
     if layout.single_file:
         read = open_source(out)  # configuration and tokenizer are in the file
-        linears = read.quantized_linears or quantized  # Q4_1 reads as high precision
+        linears = read.quantized_linears or frozenset(totals.quantized)  # Q4_1 reads as high precision
+        totals.digests = {name: found for name, found in totals.digests.items() if name in read.quantized_linears}
     else:
         copy_companions(plan.directory, out)
         config = json.loads((plan.directory / "config.json").read_text(encoding="utf-8"))
@@ -183,11 +188,12 @@ def write_companions(plan: QuantizePlan, scheme: Scheme, result: QuantizeResult,
         for name, content in layout.companions(scheme, result.ignored_linears).items():
             write_json(out / name, content)
         linears = frozenset(quantized_reader(out, fields).linears)
-    if set(linears) != quantized:
+    if set(linears) != totals.quantized:
         raise OutputError(f"'{out}' does not read back as it was written", _BUG)
     versions = {name: result.settings[name] for name in ("fewbit", "torch", "compressed-tensors")}
     (out / "README.md").write_text(model_card(result, versions=versions, licence=source_licence(plan.directory)), encoding="utf-8")
-    write_json(out / RECIPE_NAME, {"schema_version": 1, "versions": versions, "scheme": asdict(scheme), "result": _timeless(result)})
+    recipe = {"schema_version": 1, "versions": versions, "scheme": asdict(scheme), "result": _timeless(result)}
+    write_json(out / RECIPE_NAME, {**recipe, "values_sha256": totals.digests})
 
 
 def copy_companions(source: Path, out: Path) -> None:
@@ -208,7 +214,7 @@ def _timeless(result: QuantizeResult) -> dict[str, Any]:
     """The result without what differs between two runs of one command."""
     blocks = [replace(block, duration_s=0.0, resumed=False) for block in result.blocks]
     fields = asdict(replace(result, blocks=blocks))
-    for name in ("out", "duration_s", "peak_rss_bytes", "estimate"):
+    for name in ("out", "duration_s", "peak_rss_bytes", "estimate", "verify"):
         del fields[name]
     for block in fields["blocks"]:
         del block["duration_s"], block["resumed"]

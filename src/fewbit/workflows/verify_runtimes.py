@@ -37,8 +37,9 @@ from fewbit.runtime.load import load_model
 from fewbit.workflows.foreign.processes import ForeignAnswer, ForeignJob, ask
 from fewbit.workflows.foreign.workers import _worker
 
-__all__ = ["Subject", "check_runtime", "runtime_dtype"]
+__all__ = ["TIMEOUT_S", "Subject", "check_refusals", "check_runtime", "runtime_dtype"]
 
+TIMEOUT_S = 1800.0
 FLOORS = 2.0
 _LEAST_FLOOR_NATS = 1e-4  # float32 over some dozen layers; less than this is luck
 _ROUNDINGS = 16.0  # a good W4A16 checkpoint in vLLM has 8.2 at most, one with a damaged linear 429
@@ -120,7 +121,13 @@ def differing_layers(answer: ForeignAnswer, source: TensorSource, scheme: Scheme
 
 
 def check_runtime(
-    runtime: Runtime, subjects: Sequence[Subject], ids: Sequence[Sequence[int]], *, threads: int = 1, plain_gguf: Path | None = None
+    runtime: Runtime,
+    subjects: Sequence[Subject],
+    ids: Sequence[Sequence[int]],
+    *,
+    threads: int = 1,
+    plain_gguf: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[RuntimeCheck]:
     """Let one runtime read checkpoints, their plain models and damaged copies, and compare.
 
@@ -130,6 +137,7 @@ def check_runtime(
         ids: token windows.
         threads: of the runtime.
         plain_gguf: llama.cpp and OpenVINO: a GGUF file of the plain model to take the floor from.
+        timeout_s: for all of them together.
 
     Raises:
         FewbitError: fewbit itself cannot read a checkpoint.
@@ -144,7 +152,7 @@ def check_runtime(
                 ForeignJob(subject.path, dtype, imports=subject.imports),
                 ForeignJob(_damaged(subject, place / "damaged"), dtype, imports=subject.imports),
             ]
-        answers = ask(runtime, jobs, ids, threads=threads)
+        answers = ask(runtime, jobs, ids, threads=threads, timeout_s=timeout_s)
     return [_compare(runtime, subject, ids, *answers[3 * index : 3 * index + 3]) for index, subject in enumerate(subjects)]
 
 
@@ -210,6 +218,20 @@ def _compare(
     )
 
 
-def refusal(runtime: Runtime, reason: str) -> RuntimeCheck:
-    """A runtime that was not asked."""
-    return RuntimeCheck(runtime.name, "skipped", reason)
+def check_refusals(
+    runtime: Runtime, subjects: Sequence[Subject], ids: Sequence[Sequence[int]], *, threads: int = 1, timeout_s: float = TIMEOUT_S
+) -> list[RuntimeCheck]:
+    """Let a runtime try what the matrix says that it cannot load: `refused` in its own words, or what `check_runtime` finds.
+
+    Args:
+        runtime, subjects, ids, threads, timeout_s: as for `check_runtime`.
+    """
+    jobs = [ForeignJob(subject.path, runtime_dtype(runtime, subject.kind), layers=False, imports=subject.imports) for subject in subjects]
+    answers = ask(runtime, jobs, ids, threads=threads, timeout_s=timeout_s)
+    found = []
+    for subject, job, answer in zip(subjects, jobs, answers, strict=True):
+        if answer.error is not None:
+            found.append(RuntimeCheck(runtime.name, "refused", answer.error, job.dtype, dict(answer.versions)))
+        else:
+            found += check_runtime(runtime, [subject], ids, threads=threads, timeout_s=timeout_s)
+    return found

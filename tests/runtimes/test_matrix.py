@@ -1,0 +1,118 @@
+"""The matrix of runtimes.toml, cell by cell: fewbit writes a checkpoint of the bundled model, a real runtime loads it and computes it too.
+
+    make test-runtimes                                       # all cells whose runtime is installed; results in docs/runtimes.json
+    FEWBIT_HEAVY=1 pytest tests/runtimes -k 'vllm and gptq'  # some of them
+
+A cell that says yes must pass `fewbit verify`'s check: log-probabilities within two noise floors of the runtime, each linear's answers
+equal, and a damaged copy that fails. A cell that says no must be refused by the runtime in words of its own; where it loads and computes
+the same after all, the matrix is out of date and the test fails as well.
+
+The selected cells of one runtime are checked by one process of it, which pays for importing it once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewbit.checkpoints.runtimes import Kind, Made, Runtime, get_runtime, kind_of, kinds, runtimes
+from fewbit.checkpoints.sources import open_source
+from fewbit.results import RuntimeCheck
+from fewbit.walk.settings import CalibrationChoice, GateChoice, walk_settings
+from fewbit.workflows.foreign.environments import interpreter
+from fewbit.workflows.quantize import quantize_model
+from fewbit.workflows.verify import token_windows
+from fewbit.workflows.verify_runtimes import Subject, check_refusals, check_runtime
+from fewbit.workflows.verify_tensors import check_tensors
+
+pytestmark = pytest.mark.heavy
+
+PROVEN = Path(__file__).parents[2] / "docs" / "runtimes.json"
+CELLS = [
+    pytest.param(runtime, kind, made, id=f"{runtime.name}-{kind.name}-{made}")
+    for runtime in runtimes()
+    for kind in kinds().values()
+    for made in kind.made
+    if runtime.name in kind.cells
+]
+Checks = dict[str, RuntimeCheck]
+
+
+class Matrix:
+    """Checkpoints that were written and checks that were made, each once per session."""
+
+    def __init__(self, folder: Path, wanted: dict[str, list[tuple[Kind, Made]]]) -> None:
+        self._folder, self._wanted = folder, wanted
+        self._subjects: dict[Made, Subject] = {}
+        self._checks: dict[str, Checks] = {}
+
+    def subject(self, kind: Kind, made: Made) -> Subject:
+        """The checkpoint of one row."""
+        if made not in self._subjects:
+            path = self._folder / str(made)
+            settings = walk_settings(
+                method=made.method, gate=GateChoice(enabled=False), calibration=CalibrationChoice(samples=8, sequence_length=128)
+            )
+            result = quantize_model(None, scheme=made.scheme, group_size=made.group_size, layout=made.format, out=path, settings=settings)
+            path = Path(result.out)
+            assert kind_of(path).name == kind.name
+            self._subjects[made] = Subject(path, kind, open_source(path))
+            found = check_tensors(self._subjects[made].source, path)
+            assert found.compared_with == ["recipe"] and not found.problems
+        return self._subjects[made]
+
+    def checks(self, runtime: Runtime) -> Checks:
+        """Those of one runtime."""
+        if runtime.name not in self._checks:
+            rows = self._wanted[runtime.name]
+            green = [self.subject(kind, made) for kind, made in rows if kind.cells[runtime.name] is None]
+            grey = [self.subject(kind, made) for kind, made in rows if kind.cells[runtime.name] is not None]
+            ids = token_windows((green or grey)[0].source)
+            done = check_runtime(runtime, green, ids) if green else []
+            done += check_refusals(runtime, grey, ids) if grey else []
+            names = {subject.path: str(made) for made, subject in self._subjects.items()}
+            self._checks[runtime.name] = {names[subject.path]: check for subject, check in zip([*green, *grey], done, strict=True)}
+            record(self._checks[runtime.name])
+        return self._checks[runtime.name]
+
+
+def record(checks: Checks) -> None:
+    """Put the results where `make docs` reads them; only where make test-runtimes asks for it."""
+    if os.environ.get("FEWBIT_RECORD") != "1":
+        return
+    fields: dict[str, Any] = json.loads(PROVEN.read_text(encoding="utf-8")) if PROVEN.is_file() else {}
+    for name, check in checks.items():
+        fields.setdefault(name, {})[check.runtime] = {"date": date.today().isoformat(), **asdict(check)}
+    PROVEN.write_text(json.dumps({name: fields[name] for name in sorted(fields)}, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    wanted: dict[str, list[tuple[Kind, Made]]] = {}
+    for item in request.session.items:
+        callspec = getattr(item, "callspec", None)
+        if item.path == Path(__file__) and callspec is not None and "made" in callspec.params:
+            params = callspec.params
+            wanted.setdefault(params["runtime"].name, []).append((params["kind"], params["made"]))
+    yield Matrix(tmp_path_factory.mktemp("matrix"), wanted)
+
+
+@pytest.mark.parametrize(("runtime", "kind", "made"), CELLS)
+def test_cell(matrix: Matrix, runtime: Runtime, kind: Kind, made: Made) -> None:
+    if interpreter(get_runtime(runtime.name)) is None:
+        pytest.skip(f"{runtime.title} is not installed: make runtimes")
+    check = matrix.checks(runtime)[str(made)]
+    if kind.cells[runtime.name] is not None:
+        assert check.status != "passed", f"{runtime.title} loads it and computes the same: the matrix is out of date"
+        assert check.status == "refused", f"{runtime.title} loads it and computes something else: {check.reason}"
+        return
+    assert check.status == "passed", check.reason
+    assert check.difference_rms_nats is not None and check.floor_rms_nats is not None
+    assert check.control_rms_nats is None or check.control_layers or check.control_rms_nats > 2 * check.floor_rms_nats
