@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewbit.models.shapes import SHAPES, shapes_config
+from fewbit.models.inventory_sources import read_inventory
+from fewbit.models.shapes import SHAPES
 from fewbit.predict.fit import Observed
 from fewbit.predict.hardware import Hardware, Kind
-from fewbit.predict.outline import Outline, outline_of_config, outline_of_count
+from fewbit.predict.outline import Outline, outline_of, outline_of_count
 from fewbit.predict.prediction import MeasuredPoint, StepPoint
 
 __all__ = ["DATA", "EXCLUDED_FLAGS", "FAMILIES", "Group", "read_groups"]
@@ -134,16 +135,16 @@ def _outline(row: Mapping[str, str]) -> Outline:
     plain = re.sub(r"[ _]", "-", name)
     shape = next((known for known in SHAPES if plain.startswith(known)), None)
     if shape is not None:
-        return outline_of_config(shapes_config(shape), name=row["model"])
+        return outline_of(read_inventory(shape))
     facts = tomllib.loads(_MODELS.read_text(encoding="utf-8"))
     fact = next((facts[known] for known in sorted(facts, key=len, reverse=True) if plain.startswith(known)), None)
     if fact is not None:
-        return outline_of_count(fact["parameters"] * 1e9, name=row["model"], depth=fact["layers"])
+        return outline_of_count(fact["parameters"] * 1e9, depth=fact["layers"])
     stated = _number(row["params_b"])
     named = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)\s*(b|m)(?![a-z0-9])", name)
     if stated is None and named is not None:
         stated = float(named[1]) / (1000 if named[2] == "m" else 1)
-    return outline_of_count((stated or 3.0) * 1e9, name=row["model"])
+    return outline_of_count((stated or 3.0) * 1e9)
 
 
 def _hardware(row: Mapping[str, str]) -> tuple[Hardware, bool]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fewbit.workflows.generate import generate_text
     from fewbit.workflows.kernels import list_kernels
     from fewbit.workflows.load import load
+    from fewbit.workflows.predict import predict_model
     from fewbit.workflows.quantize import quantize_model
     from fewbit.workflows.report import build_report
     from fewbit.workflows.verify import verify_checkpoint
@@ -79,6 +80,7 @@ __all__ = [
     "load",
     "load_model",
     "open_source",
+    "predict_model",
     "quantize",
     "quantize_model",
     "read_results",
@@ -125,6 +127,7 @@ _HOMES = {
     "load": "fewbit.workflows.load:load",
     "load_model": "fewbit.runtime.load:load_model",
     "open_source": "fewbit.checkpoints.sources:open_source",
+    "predict_model": "fewbit.workflows.predict:predict_model",
     "quantize": "fewbit.formats.quantize:quantize",
     "quantize_model": "fewbit.workflows.quantize:quantize_model",
     "read_results": "fewbit.report.results_file:read_results",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbit.errors import FewbitError
+from fewbit.errors import FewbitError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -490,6 +490,82 @@ def plan(
     from fewbit.report.plan_table import render_plan
 
     render_plan(result, _console(), verbose=verbose)
+
+
+@app.command(epilog=_example('fewbit predict 7e9 --hardware agx-orin-64gb --measured "bf16 decode 94 ms"'))
+def predict(
+    model: PlannedModelArgument = None,
+    *,
+    hardware: Annotated[str, typer.Option(metavar="NAME", help="A device, e.g. h100-sxm; this-machine is measured.")],
+    hardware_file: HardwareFileOption = None,
+    machine: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For this-machine: what fewbit bench --machine --json printed.")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(metavar="GB/S", help="In place of the data sheet's, 1e9 bytes per second.")] = None,
+    measured: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS|FILE",
+            help="What you measured: 'bf16 decode 94 ms', 'W4A16 prefill 16 x 1024 13 s', or a file (JSON, CSV, TXT); may be repeated.",
+        ),
+    ] = None,
+    estimator: Annotated[
+        str, typer.Option(metavar="NAME", help="model, or bandwidth: nominal bits over the bandwidth, scaled by what was measured.")
+    ] = "model",
+    schemes: Annotated[str | None, typer.Option(metavar="NAMES", help="Comma-separated, e.g. BF16,INT8,INT4,FP8,NVFP4,W8A8.")] = None,
+    phase: Annotated[str | None, typer.Option(metavar="NAMES", help="decode, prefill or both with a comma.")] = None,
+    kv: Annotated[str | None, typer.Option(metavar="NAMES", help="Formats of the KV cache: BF16, KV-INT8, KV-FP8, KV-INT4.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N,N", help="Sequences at once, several with commas.")] = None,
+    context: Annotated[str | None, typer.Option(metavar="N,N", help="Tokens cached (decode) or of each prompt (prefill).")] = None,
+    layers: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: layers of the KV cache.", min=0)] = 0,
+    kv_heads: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: heads of keys and values.", min=0)] = 0,
+    head_dim: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: width of a head.", min=0)] = 0,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every term of every step, and the factors behind them.")] = False,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the predicted steps here.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Predict the time of prefill and decode on a device, with 90 % intervals, from its data sheet and whatever was measured."""
+    from fewbit.workflows.predict import predict_model
+
+    result = predict_model(
+        model,
+        hardware=hardware,
+        hardware_file=hardware_file,
+        machine=machine,
+        bandwidth_gb_s=bandwidth,
+        measured=measured or (),
+        estimator=estimator,
+        schemes=_words(schemes),
+        phases=_words(phase),
+        kv=_words(kv),
+        batches=_numbers(batch, "--batch"),
+        contexts=_numbers(context, "--context"),
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
+    if csv is not None:
+        from fewbit.report.files import write_text
+        from fewbit.report.predict_table import predict_csv
+
+        write_text(csv, predict_csv(result))
+    if json:
+        _print_json(result)
+        return
+    from fewbit.report.predict_table import render_predict
+
+    render_predict(result, _console(), explain=explain)
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _numbers(text: str | None, option: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError as error:
+        raise UsageError(f"{option} '{text}' is no list of whole numbers", "write for example 1,8,32") from error
 
 
 @app.command(epilog=_example("fewbit generate --prompt 'def fibonacci(n):' --scheme W8A16"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fewbit.errors import UsageError
-from fewbit.models.shapes import shapes_config
+from fewbit.models.inventory_sources import read_inventory
 from fewbit.predict.hardware import HARDWARE, get_hardware, read_hardware
-from fewbit.predict.outline import outline_of_config, outline_of_count
+from fewbit.predict.outline import outline_of, outline_of_count
 from fewbit.predict.prediction import MeasuredPoint, StepPoint
 from fewbit.predict.predictor import Predictor
 
@@ -26,7 +26,7 @@ def test_measured_points_narrow_the_interval() -> None:
 
 
 def test_terms_add_up() -> None:
-    predictor = Predictor(get_hardware("h100-sxm"), outline_of_config(shapes_config("qwen2.5-7b")))
+    predictor = Predictor(get_hardware("h100-sxm"), outline_of(read_inventory("qwen2.5-7b")))
     for point in (StepPoint(scheme="W4A16", batch=8, context=1024), StepPoint("prefill", "FP8", context=512)):
         prediction = predictor.predict(point)
         assert sum(term.milliseconds for term in prediction.terms) == pytest.approx(prediction.milliseconds.value)
@@ -34,12 +34,12 @@ def test_terms_add_up() -> None:
 
 
 def test_unfused_is_slower_than_bf16() -> None:
-    predictor = Predictor(get_hardware("a10g"), outline_of_config(shapes_config("llama-2-7b")))
+    predictor = Predictor(get_hardware("a10g"), outline_of(read_inventory("llama-2-7b")))
     assert predictor.predict(StepPoint(scheme="W4A16", path="unfused")).speedup_over_bf16.value < 1.0
 
 
 def test_weight_only_does_not_speed_prefill() -> None:
-    predictor = Predictor(get_hardware("h100-sxm"), outline_of_config(shapes_config("llama-3-8b")))
+    predictor = Predictor(get_hardware("h100-sxm"), outline_of(read_inventory("llama-3-8b")))
     assert predictor.predict(StepPoint("prefill", "W4A16", batch=4, context=2048)).speedup_over_bf16.value <= 1.0
     assert predictor.predict(StepPoint("prefill", "FP8", batch=4, context=2048)).speedup_over_bf16.value > 1.2
 

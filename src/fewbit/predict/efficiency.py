@@ -11,15 +11,16 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fewbit.predict.hardware import Kind
 
-__all__ = ["FACTORS", "Factors", "Prior", "prior_of"]
+__all__ = ["FACTORS", "Factors", "Prior", "byte_ratio_errors", "prior_of"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Factors:
         return np.log([getattr(self, name) for name in FACTORS])
 
 
+_BYTE_RATIO = "byte_ratio"
 FACTORS: tuple[str, ...] = tuple(f.name for f in fields(Factors))
 
 
@@ -76,8 +78,13 @@ class Prior:
     source: str
 
 
+def _table() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(files("fewbit.predict").joinpath("priors.toml").read_text(encoding="utf-8"))
+
+
 def _read() -> Mapping[str, Prior]:
-    table = tomllib.loads(files("fewbit.predict").joinpath("priors.toml").read_text(encoding="utf-8"))
+    table = _table()
+    table.pop(_BYTE_RATIO)
     default = table["default"]
     priors = {}
     for kind, row in table.items():
@@ -97,3 +104,23 @@ _PRIORS = _read()
 def prior_of(kind: Kind | Literal["unknown"]) -> Prior:
     """The prior of a class of device; the widest of all for one that nothing is known of."""
     return _PRIORS.get(kind, _PRIORS["default"])
+
+
+@cache
+def byte_ratio_errors(bits: int, *, calibrated: bool) -> tuple[float, float]:
+    """What published decode times were over the estimate from bytes alone: 5 % and 95 % quantiles (`priors.toml`, table byte_ratio).
+
+    Args:
+        bits: of the weights; below 4, of which little is published, the 4-bit figures with the upper one doubled.
+        calibrated: the estimate was scaled by a measured 16-bit time of the device.
+    """
+    table = _table()[_BYTE_RATIO]
+    known = [16, 8, 4]
+    row = next((width for width in known if bits >= width), 4)
+    low, high = table[f"calibrated_{row}"]
+    if bits < known[-1]:
+        high *= 2.0
+    if not calibrated:
+        least, most = table["uncalibrated_16"]
+        low, high = low * least, high * most
+    return float(low), float(high)

@@ -148,7 +148,7 @@ def _misfits(groups: Sequence[Observed], prior: Prior, bits: int) -> list[tuple[
         for point, width, prediction in zip(group.others, group.bits, group.predict(prior), strict=True):
             if width != bits:
                 continue
-            share = sum(t.milliseconds for t in prediction.terms if t.name in ("linears", "lm_head")) / prediction.milliseconds.value
+            share = sum(t.milliseconds for t in prediction.terms if t.name not in ("attention", "overhead")) / prediction.milliseconds.value
             rest = (1 - share) * prediction.milliseconds.value
             weights = max(point.milliseconds - rest, 0.2 * point.milliseconds)
             left.append((math.log(weights / (share * prediction.milliseconds.value)), share))

@@ -20,6 +20,7 @@ __all__ = [
     "Estimator",
     "KernelPath",
     "MeasuredPoint",
+    "MeasuredStep",
     "Phase",
     "PredictResults",
     "PredictedModel",
@@ -27,6 +28,7 @@ __all__ = [
     "StepPoint",
     "Suggestion",
     "Term",
+    "step_name",
 ]
 
 Phase = Literal["prefill", "decode"]
@@ -87,7 +89,7 @@ class Term:
     """One part of a step's time; the parts add up to it.
 
     Attributes:
-        name: `linears`, `lm_head`, `attention`, `kv_reads`, `dequantization`, `activation_quantization`, `overhead`.
+        name: of the linears (`down_proj`), `lm_head`, `attention`, `overhead` for the launches that belong to none of them.
         milliseconds: what it adds to the step.
         bytes, operations: what it moves and computes.
         operators: launches that it counts.
@@ -107,6 +109,7 @@ class Prediction:
     """The time of one step.
 
     Attributes:
+        format: of the stored weights, `INT4` for the scheme W4A16.
         path: the one that was assumed.
         milliseconds: of the whole step. speedup_over_bf16: time of the same step in BF16 with a BF16 cache over this one.
         tokens_per_s: decode: new tokens of all sequences per second; prefill: prompt tokens per second.
@@ -117,6 +120,7 @@ class Prediction:
     """
 
     point: StepPoint
+    format: str
     path: KernelPath
     milliseconds: Estimate
     speedup_over_bf16: Estimate
@@ -178,22 +182,59 @@ class PredictedModel:
 
 
 @dataclass(frozen=True, config=_FROZEN)
+class MeasuredStep:
+    """A measured point and what it says of the device.
+
+    Attributes:
+        operations, bytes: of the step: multiplications and additions; weights and cache that it reads.
+        tflop_s, gb_s: the rates that follow, 1e12 operations and 1e9 bytes per second.
+        compute_share, bandwidth_share: of the data sheet's peak and bandwidth.
+        bound: what the largest share of the time is.
+        used: whether it calibrates. problem: why not, or what is odd; empty when nothing is.
+    """
+
+    measured: MeasuredPoint
+    operations: float
+    bytes: float
+    tflop_s: float
+    gb_s: float
+    compute_share: float
+    bandwidth_share: float
+    bound: Bound
+    used: bool = True
+    problem: str = ""
+
+
+@dataclass(frozen=True, config=_FROZEN)
 class PredictResults:
     """What `fewbit predict` answers.
 
     Attributes:
+        hardware: name of the device; bandwidth_gb_s: the one that was used.
         calibration_scale: measured over predicted time before calibration, geometric mean over the measured points; None without any.
+        factors: what calibration made of the efficiencies, with 90 % intervals (`efficiency.Factors` says what each is).
         bounds: where decode turns from one bound to another along the batch axis, in words.
+        conclusions: what follows, in words.
         warnings: what makes the figures less trustworthy, impossible measurements above all.
     """
 
     model: PredictedModel
     hardware: str
+    bandwidth_gb_s: float
     estimator: Estimator
     predictions: list[Prediction]
-    measured: list[MeasuredPoint]
+    measured: list[MeasuredStep]
     calibration_scale: float | None = None
+    factors: dict[str, Estimate] = Field(default_factory=dict)
     bounds: list[str] = Field(default_factory=list)
+    conclusions: list[str] = Field(default_factory=list)
     suggestion: Suggestion | None = None
     warnings: list[str] = Field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+
+
+def step_name(point: StepPoint) -> str:
+    """The step in the words that `predict.measured` reads."""
+    cache = "" if point.kv.upper() == "BF16" else f" kv {point.kv}"
+    size = f" {point.batch} x {point.context}" if point.context else (f" batch {point.batch}" if point.batch > 1 else "")
+    return f"{point.scheme} {point.phase}{size}{cache}"

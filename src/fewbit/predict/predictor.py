@@ -20,10 +20,12 @@ from fewbit.predict.calibration import Z90, LogTime, Posterior, calibrate, gradi
 from fewbit.predict.efficiency import Factors, Prior, prior_of
 from fewbit.predict.hardware import Hardware
 from fewbit.predict.outline import Outline
-from fewbit.predict.prediction import Comparison, Estimate, MeasuredPoint, Prediction, StepPoint, Suggestion
-from fewbit.predict.step import Work, choose_path, step_time, step_work
+from fewbit.predict.prediction import Comparison, Estimate, MeasuredPoint, Prediction, StepPoint, Suggestion, step_name
+from fewbit.predict.step import StepTime, Work, choose_path, format_name, step_time, step_work
 
 __all__ = ["Predictor", "predict_step"]
+
+_ODD_RESIDUAL = 1.5  # times the class's own, from which on points are said to contradict each other
 
 
 class Predictor:
@@ -66,8 +68,33 @@ class Predictor:
         """Most likely factors."""
         return Factors.from_logs(self._posterior.mean)
 
+    def scale(self) -> float | None:
+        """Measured over predicted time before calibration, geometric mean over the points; None without any."""
+        if not self.measured:
+            return None
+        prior = self._prior.factors.logs()
+        logs = [math.log(m.milliseconds) - self._log_time(w)(prior) for m, w in zip(self.measured, self._measured_works, strict=True)]
+        return math.exp(sum(logs) / len(logs))
+
+    def warnings(self) -> list[str]:
+        """What is odd about the calibration."""
+        if self._posterior.residual > self._prior.residual * _ODD_RESIDUAL:
+            return [
+                f"the measured points contradict each other or the model by {100 * self._posterior.residual:.0f} %: the intervals are wider"
+            ]
+        return []
+
+    def time(self, point: StepPoint) -> StepTime:
+        """Most likely time of a step with its terms, without an interval.
+
+        Raises:
+            UsageError: as `predict`.
+        """
+        return step_time(self._work(point), self.hardware, self.factors)
+
     def _calibrate(self, models: Sequence[Outline]) -> Posterior:
-        log_times = [self._log_time(self._work(m.point, outline, m.weight_bytes)) for m, outline in zip(self.measured, models, strict=True)]
+        self._measured_works = [self._work(m.point, outline, m.weight_bytes) for m, outline in zip(self.measured, models, strict=True)]
+        log_times = [self._log_time(work) for work in self._measured_works]
         return calibrate(self._prior, log_times, [math.log(m.milliseconds) for m in self.measured])
 
     def _work(self, point: StepPoint, outline: Outline | None = None, weight_bytes: float | None = None) -> list[Work]:
@@ -97,6 +124,7 @@ class Predictor:
         tokens = point.batch * (point.context if point.phase == "prefill" else 1)
         return Prediction(
             point=point,
+            format=format_name(point.scheme),
             path=path,
             milliseconds=milliseconds,
             speedup_over_bf16=self.compare(base, point, second_weight_bytes=weight_bytes).ratio,
@@ -147,9 +175,9 @@ class Predictor:
         after = {option: self._posterior.after(self._gradient(self._work(option))).log_sd(target, residuals) for option in options}
         best = min(after, key=after.__getitem__)
         widths = tuple(math.exp(2 * Z90 * spread) for spread in (before, after[best]))
-        what = f"{best.scheme} {best.phase} at batch {best.batch} and context {best.context}"
-        question = f"{ranked[0].scheme} or {ranked[1].scheme}" if len(ranked) > 1 else f"the time of {ranked[0].scheme}"
-        reason = f"measuring {what} narrows {question} from a factor of {widths[0]:.2f} to one of {widths[1]:.2f}"
+        first, *others = (step_name(point) for point in ranked[:2])
+        question = f"the choice between {first} and {others[0]}" if others else f"the time of {first}"
+        reason = f"measuring {step_name(best)} narrows {question} from a factor of {widths[0]:.2f} to one of {widths[1]:.2f}"
         return Suggestion(best, reason, widths[0], widths[1])
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fewbit.errors import UsageError
-from fewbit.formats.cost import storage_bytes
+from fewbit.formats.sizes import bits_per_weight, storage_bytes
 from fewbit.formats.spec import QuantSpec, Scheme, get_scheme
 from fewbit.predict.efficiency import Factors
 from fewbit.predict.hardware import Hardware
@@ -32,7 +32,7 @@ from fewbit.predict.outline import LinearGroup, Outline
 from fewbit.predict.prediction import KernelPath, StepPoint, Term
 from fewbit.results import Bound
 
-__all__ = ["StepTime", "Work", "choose_path", "compute_format", "step_time", "step_work"]
+__all__ = ["StepTime", "Work", "cache_scheme", "choose_path", "compute_format", "format_name", "step_time", "step_work"]
 
 UNPACK_OPERATIONS = 4  # FP32 operations in whose time one weight is shifted, masked, converted and scaled
 UNPACK_ROWS = 64  # rows of activations that share one unpacked weight before the next block unpacks it again
@@ -86,6 +86,18 @@ def compute_format(scheme: Scheme) -> str:
     return "bf16"
 
 
+def format_name(scheme: str) -> str:
+    """What people call the weights of a scheme: `INT4` for W4A16, `BF16` where they are not quantized.
+
+    Raises:
+        UsageError: no such preset.
+    """
+    weights = get_scheme(scheme).weights
+    if weights is None:
+        return "BF16"
+    return scheme.upper() if scheme.upper() in ("MXFP4", "NVFP4") else weights.grid_name.upper().removesuffix("_E4M3")
+
+
 def choose_path(scheme: Scheme, hardware: Hardware, asked: KernelPath | None = None) -> KernelPath:
     """The path that runs a scheme: what was asked for, else the best that the hardware has.
 
@@ -105,10 +117,12 @@ def choose_path(scheme: Scheme, hardware: Hardware, asked: KernelPath | None = N
     return "fused" if scheme.input_activations is None or scheme.weights.type == "float" else "unfused"
 
 
-def _stored_bytes(group: LinearGroup, spec: QuantSpec | None) -> float:
-    """Bytes of one weight; a last group that is not full counts as a full one."""
+def _stored_bytes(group: LinearGroup, spec: QuantSpec | None, *, bare: bool) -> float:
+    """Bytes of one weight; a last group that is not full counts as a full one; shapes of a bare count are guessed, and not asked."""
     if spec is None:
         return 2.0 * group.weights
+    if bare:
+        return group.weights * bits_per_weight(spec) / 8
     columns = group.columns
     if spec.group_size is not None:
         columns = -(-columns // spec.group_size) * spec.group_size
@@ -131,7 +145,8 @@ def step_work(outline: Outline, point: StepPoint, path: KernelPath, *, weight_by
         )
     scheme = get_scheme(point.scheme)
     tokens = point.batch * (point.context if point.phase == "prefill" else 1)
-    linears = [_linear_work(group, scheme, path, point.batch if not group.quantizable else tokens) for group in outline.groups]
+    bare = outline.inventory.bare
+    linears = [_linear_work(g, scheme, path, point.batch if g.name == "lm_head" else tokens, bare=bare) for g in outline.groups]
     if weight_bytes is not None:
         scale = weight_bytes / sum(work.weight_bytes for work in linears)
         linears = [_scaled(work, scale) for work in linears]
@@ -144,11 +159,11 @@ def _scaled(work: Work, scale: float) -> Work:
     return Work(**values)
 
 
-def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: int) -> Work:
+def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: int, *, bare: bool) -> Work:
     spec = scheme.weights if group.quantizable else None
     path = path if spec is not None else "dense"
     read = group.expected_copies_read(tokens)
-    packed = _stored_bytes(group, spec) * read
+    packed = _stored_bytes(group, spec, bare=bare) * read
     rows = tokens * group.count
     copies = 0.0
     if path == "unfused":
@@ -158,7 +173,7 @@ def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: i
     elif path == "native":
         copies = rows * group.columns * 3.0  # 16 bits read, 8 written; 4-bit formats write less
     return Work(
-        name="linears" if group.quantizable else "lm_head",
+        name=group.name,
         weight_bytes=packed,
         activation_bytes=_ACTIVATION_BYTES * rows * (group.rows + group.columns),
         copy_bytes=copies,
@@ -170,33 +185,29 @@ def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: i
     )
 
 
-def _kv_bytes_per_value(kv: str) -> tuple[float, float]:
-    """(bytes read per value, bytes of the cache per value) of a format of the cache."""
-    scheme = get_scheme(kv) if kv.upper() != "BF16" else None
-    if scheme is None:
-        return 2.0, 2.0
+def cache_scheme(kv: str) -> Scheme | None:
+    """The preset that names a format of the cache; None for BF16.
+
+    Raises:
+        UsageError: an unknown preset, or one without a format for the cache.
+    """
+    if kv.upper() == "BF16":
+        return None
+    scheme = get_scheme(kv)
     if scheme.kv_keys is None or scheme.kv_values is None:
         raise UsageError(f"scheme '{kv}' has no format for the cache", "choose BF16, KV-INT8, KV-FP8 or KV-INT4")
-    stored = sum(_value_bytes(spec) for spec in (scheme.kv_keys, scheme.kv_values)) / 2
-    return stored, stored
-
-
-def _value_bytes(spec: QuantSpec) -> float:
-    shared = spec.group_size or 128
-    return spec.num_bits / 8 + (2 + (0 if spec.symmetric else 1)) / shared
+    return scheme
 
 
 def _attention_work(outline: Outline, point: StepPoint) -> list[Work]:
     """Scores and their sum over the cached tokens, and the reads of the cache."""
-    if not outline.layers:
+    scheme = cache_scheme(point.kv)
+    if not outline.inventory.kv:
         return []
-    per_value, _ = _kv_bytes_per_value(point.kv)
-    new = point.context if point.phase == "prefill" else 1
-    before = 0 if point.phase == "prefill" else point.context
-    seen = new * before + new * (new + 1) / 2
-    operations = 4.0 * outline.layers * outline.heads * outline.head_dim * seen * point.batch
-    cached = outline.kv_values_per_token * point.batch * (before + new) * per_value
-    return [Work("attention", cache_bytes=cached, operations=operations, operators=outline.layers)]
+    new, before = (point.context, 0) if point.phase == "prefill" else (1, point.context)
+    operations = point.batch * outline.attention_operations(new, before)
+    cached = point.batch * outline.cached_bytes(before + new, scheme)
+    return [Work("attention", cache_bytes=cached, operations=operations, operators=outline.depth)]
 
 
 def step_time(work: list[Work], hardware: Hardware, factors: Factors) -> StepTime:
