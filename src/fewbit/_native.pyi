@@ -76,6 +76,20 @@ def squared_error(
         ValueError: shapes that do not fit.
     """
 
+def gather_transposed(source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor, out: torch.Tensor, threads: int) -> None:
+    """out[k, r] = source[rows[r], columns[k]], float32; all rows in their order when `rows` is None. Indices are int64.
+
+    Raises:
+        ValueError: an index outside of the matrix, or an `out` of another shape than [columns, rows].
+    """
+
+def scatter_transposed(source: torch.Tensor, first: int, columns: torch.Tensor, out: torch.Tensor, threads: int) -> None:
+    """out[r, columns[k]] = source[k, first + r], float32; `columns` is an int64 permutation.
+
+    Raises:
+        ValueError: an index outside of the matrix, or shapes that do not fit.
+    """
+
 def threads() -> int:
     """Threads of the CPU kernels, the caller's included."""
 

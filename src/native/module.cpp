@@ -2,6 +2,7 @@
 
 #include "cpu/bindings.hpp"
 #include "cpu/engine/engine_bindings.hpp"
+#include "permute.hpp"
 #include "read_bandwidth.hpp"
 #include "scale_search.hpp"
 
@@ -9,6 +10,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 
@@ -45,6 +47,32 @@ void squared_error(const Array<const float, 2> &weight, const std::optional<Arra
     fewbit::squared_error(groups, scale.data(), out.data(), threads);
 }
 
+using Order = Array<const std::int64_t, 1>;
+
+void check_order(const Order &order, std::size_t limit) {
+    for (std::size_t i = 0; i < order.shape(0); ++i)
+        if (order.data()[i] < 0 || std::size_t(order.data()[i]) >= limit) throw std::invalid_argument("an index lies outside of the matrix");
+}
+
+void gather_transposed(const Array<const float, 2> &in, const std::optional<Order> &rows, const Order &columns, Array<float, 2> &out,
+                       int threads) {
+    const std::size_t row_count = rows ? rows->shape(0) : in.shape(0);
+    if (out.shape(0) != columns.shape(0) || out.shape(1) != row_count) throw std::invalid_argument("out has not the shape [columns, rows]");
+    check_order(columns, in.shape(1));
+    if (rows) check_order(*rows, in.shape(0));
+    nb::gil_scoped_release released;
+    fewbit::gather_transposed(in.data(), in.shape(1), rows ? rows->data() : nullptr, row_count, columns.data(), columns.shape(0), out.data(),
+                              threads);
+}
+
+void scatter_transposed(const Array<const float, 2> &in, std::size_t first, const Order &columns, Array<float, 2> &out, int threads) {
+    if (in.shape(0) != columns.shape(0) || out.shape(1) != columns.shape(0) || first + out.shape(0) > in.shape(1))
+        throw std::invalid_argument("the matrices and the order of columns do not fit together");
+    check_order(columns, out.shape(1));
+    nb::gil_scoped_release released;
+    fewbit::scatter_transposed(in.data(), in.shape(1), first, out.shape(0), columns.data(), columns.shape(0), out.data(), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -69,5 +97,9 @@ NB_MODULE(_native, m) {
           "high"_a, "threads"_a, "The best least squares scale of each group into `out`.");
     m.def("squared_error", &squared_error, "weight"_a, "importance"_a.none(), "scale"_a, "out"_a, "low"_a, "high"_a, "threads"_a,
           "The weighted squared error of each group at given scales into `out`.");
+    m.def("gather_transposed", &gather_transposed, "source"_a, "rows"_a.none(), "columns"_a, "out"_a, "threads"_a,
+          "out[k, r] = source[rows[r], columns[k]]; all rows in their order when `rows` is None.");
+    m.def("scatter_transposed", &scatter_transposed, "source"_a, "first"_a, "columns"_a, "out"_a, "threads"_a,
+          "out[r, columns[k]] = source[k, first + r].");
     fewbit::engine::bind_engine(m);
 }

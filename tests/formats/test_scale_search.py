@@ -65,5 +65,5 @@ def test_the_error_is_what_the_name_says(kind: str) -> None:
 
 def test_without_the_extension_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, minmax, spec, importance = case(4, 16, False)
-    monkeypatch.setattr(scale_search, "_native", lambda: None)
+    monkeypatch.setattr(scale_search, "native_extension", lambda: None)
     assert isinstance(scale_search.scale_search(rows, minmax.shape, spec, importance), _Torch)

@@ -46,9 +46,9 @@ def from_groups(groups: torch.Tensor, spec: QuantSpec, rows: int, columns: int) 
     return groups.view(tall, wide, height, width).transpose(1, 2).reshape(tall * height, wide * width)[:rows, :columns]
 
 
-def row_chunks(spec: QuantSpec, rows: int, columns: int) -> Iterator[slice]:
+def row_chunks(spec: QuantSpec, rows: int, columns: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
     """Slices of rows that can be processed one after the other; one slice when rows share scales (tensor, block)."""
-    step = rows if spec.strategy in ("tensor", "block") else max(1, CHUNK_ELEMENTS // max(columns, 1))
+    step = rows if spec.strategy in ("tensor", "block") else max(1, elements // max(columns, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1)))
 
 

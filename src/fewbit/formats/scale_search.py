@@ -10,12 +10,11 @@ starts, and torch, about thirty times slower, where the extension is missing, fo
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from fewbit.formats.native import native_extension
 from fewbit.formats.spec import QuantSpec
 
 __all__ = ["ScaleSearch", "scale_search"]
@@ -24,15 +23,6 @@ __all__ = ["ScaleSearch", "scale_search"]
 _STARTS = (0.99, 0.93, 0.86, 0.79, 0.72, 0.65, 0.55, 0.45, 0.3, 0.15)
 # At four bits and fewer a grid of -8 to 7 is so much longer on one side that turning it over pays.
 _SIGNED_UP_TO_BITS = 4
-
-
-@cache
-def _native() -> Any:
-    """The extension, None when the package was installed without a compiler."""
-    try:
-        return import_module("fewbit._native")
-    except ImportError:
-        return None
 
 
 class ScaleSearch(Protocol):
@@ -56,7 +46,7 @@ def scale_search(rows: torch.Tensor, shape: torch.Size, spec: QuantSpec, importa
         spec: symmetric integers.
         importance: [K], float32, or None.
     """
-    native = rows.device.type == "cpu" and shape[0] == rows.shape[0] and _native() is not None
+    native = rows.device.type == "cpu" and shape[0] == rows.shape[0] and native_extension() is not None
     return (_Native if native else _Torch)(rows, shape, spec, importance)
 
 
@@ -111,10 +101,10 @@ class _Native:
 
     def best(self, start: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(start)
-        _native().least_squares_scales(*self._given, start.contiguous(), self._factors, out, *self._rest)
+        native_extension().least_squares_scales(*self._given, start.contiguous(), self._factors, out, *self._rest)
         return out
 
     def error(self, scale: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(scale)
-        _native().squared_error(*self._given, scale.contiguous(), out, *self._rest)
+        native_extension().squared_error(*self._given, scale.contiguous(), out, *self._rest)
         return out

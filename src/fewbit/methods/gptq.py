@@ -48,6 +48,7 @@ from fewbit.formats.quantize import quantize
 from fewbit.formats.scales import Observer, compute_scales, scale_as_float
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
+from fewbit.methods.permute import gather_transposed, scatter_transposed
 from fewbit.methods.statistics import InputStatistics
 
 __all__ = ["ActOrder", "GPTQResult", "GPTQSettings", "gptq"]
@@ -168,7 +169,7 @@ def _factorize(statistics: InputStatistics, settings: GPTQSettings) -> _Factor:
     mean = float(diagonal.mean()) or 1.0
     for times in _ESCALATIONS:
         dampening = settings.dampening * times
-        matrix = moments[backwards[:, None], backwards].div_(statistics.tokens)
+        matrix = gather_transposed(moments, backwards, backwards).div_(statistics.tokens)  # of a symmetric matrix
         matrix.diagonal().add_(dampening * mean)
         lower = matrix.mT  # the same symmetric matrix, in the column-major order that LAPACK factorizes in place
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
@@ -192,23 +193,13 @@ def _targets(weights: Sequence[torch.Tensor], statistics: InputStatistics, facto
             raise FormatError(
                 "compensation needs cross moments of the inputs", "gather statistics with cross=True, or set compensation to 0"
             )
-        wanted = (stacked @ cross).mul_(settings.compensation / statistics.tokens)[:, factor.backwards].T
+        wanted = gather_transposed((stacked @ cross).mul_(settings.compensation / statistics.tokens), factor.backwards)
         # (H + damping) = U D U^T, at the same positions: two triangular systems
         half = torch.linalg.solve_triangular(factor.unit, wanted, upper=False, unitriangular=True)
         half /= factor.variance[:, None]
         shift = torch.linalg.solve_triangular(factor.unit.mT, half, upper=True, unitriangular=True)
-        return _backwards(stacked, factor).add_(shift)
-    return _backwards(stacked, factor)
-
-
-def _backwards(stacked: torch.Tensor, factor: _Factor) -> torch.Tensor:
-    """[rows, K] -> [K, rows] in the order of the factor. Columns are gathered within rows first: the transposed gather takes far longer."""
-    return stacked.index_select(1, factor.backwards).T.contiguous()
-
-
-def _forwards(targets: torch.Tensor, rows: slice, inverse: torch.Tensor) -> torch.Tensor:
-    """Some rows of the weights again, [rows, K], columns where they were."""
-    return targets[:, rows].T.contiguous().index_select(1, inverse)
+        return gather_transposed(stacked, factor.backwards).add_(shift)
+    return gather_transposed(stacked, factor.backwards)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rounding
@@ -285,12 +276,11 @@ def _round_static(
 ) -> list[GPTQResult]:
     """All scales first, from the targets; then the columns."""
     columns = len(factor.backwards)
-    inverse = torch.argsort(factor.backwards)
-    importance = factor.variance[inverse] if settings.observer == "mse" else None
+    importance = factor.variance[torch.argsort(factor.backwards)] if settings.observer == "mse" else None
     slices = _row_slices(weights)
     chosen: list[_Scales] = []
     for weight, rows in zip(weights, slices, strict=True):
-        wanted = _forwards(targets, rows, inverse) if settings.compensation else weight
+        wanted = scatter_transposed(targets, rows, factor.backwards) if settings.compensation else weight
         chosen.append(compute_scales(wanted, spec, observer=settings.observer, importance=importance))
 
     width = {"group": spec.group_size, "block": (spec.block_shape or (1, columns))[1]}.get(spec.strategy) or columns
@@ -307,7 +297,7 @@ def _round_static(
     del errors
     results = []
     for rows, (scale, zero_point, global_scale) in zip(slices, chosen, strict=True):
-        rounded = _forwards(targets, rows, inverse)
+        rounded = scatter_transposed(targets, rows, factor.backwards)
         quantized = quantize(rounded, spec, scale=scale, zero_point=zero_point, global_scale=global_scale)
         results.append(GPTQResult(quantized, factor.dampening, factor.dead, float(grid.objective[rows].sum())))
     return results
@@ -336,7 +326,7 @@ def _round_dynamic(
     zeros = None if spec.symmetric else torch.cat([zero for _, zero in chosen if zero is not None], dim=1)
     results = []
     for rows in _row_slices(weights):
-        rounded = _forwards(targets, rows, inverse)
+        rounded = scatter_transposed(targets, rows, factor.backwards)
         quantized = quantize(rounded, spec, scale=scales[rows], zero_point=None if zeros is None else zeros[rows], g_idx=g_idx)
         results.append(GPTQResult(quantized, factor.dampening, factor.dead, float(grid.objective[rows].sum())))
     return results

@@ -38,6 +38,7 @@ from fewbit.walk.activations import ActivationStore, MemoryBudget
 from fewbit.walk.block import BlockTask, InputFormats, quantize_block, round_alone
 from fewbit.walk.calibration import CalibrationData
 from fewbit.walk.gate import GateSums, GateText, compare_logits
+from fewbit.walk.heap import trim_heap
 from fewbit.walk.methods import ROUNDING_STEPS
 from fewbit.walk.settings import WalkSettings
 from fewbit.walk.skeleton import Skeleton
@@ -292,6 +293,7 @@ class Walk:
                 if path.reference is not None:
                     self._propagate(index, block, path.length, path.reference)
         skeleton.unload_block(index)
+        trim_heap()
         return record
 
     def _propagate(self, index: int, block: nn.Module, length: int, store: ActivationStore) -> None:
