@@ -1,7 +1,7 @@
 """A matrix transposed with its columns in another order, in one pass.
 
 GPTQ works on W^T in the order of processing, so that a column is contiguous. torch gathers and transposes in two passes, each of which
-reads or writes memory against its order: on a block of Llama-2-7B that took an eighth of the whole time. The extension reads strips of 32 rows,
+reads or writes memory against its order: an eighth of the whole time on a block of Llama-2-7B. The extension reads strips of 32 rows,
 which stay in the cache, and writes whole cache lines. The numbers are the same; nothing is computed.
 """
 
