@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fewbit.methods.rtn import rtn
     from fewbit.methods.statistics import InputStatistics
     from fewbit.report.results_file import read_results
-    from fewbit.results import CompareResults, ConvertResult, Environment, EvaluateResults, QuantizeResult, VerifyResult
+    from fewbit.results import CompareResults, ConvertResult, Environment, EvaluateResults, InspectResult, QuantizeResult, VerifyResult
     from fewbit.runtime.config import QuantizationConfig
     from fewbit.runtime.generate import generate
     from fewbit.runtime.load import LoadedModel, load_model
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fewbit.workflows.evaluate import evaluate as evaluate_model
     from fewbit.workflows.formats import describe_formats
     from fewbit.workflows.generate import generate_text
+    from fewbit.workflows.inspect import inspect_checkpoint
     from fewbit.workflows.kernels import list_kernels
     from fewbit.workflows.load import load
     from fewbit.workflows.predict import predict_model
@@ -55,6 +56,7 @@ __all__ = [
     "GPTQSettings",
     "GateChoice",
     "InputStatistics",
+    "InspectResult",
     "LoadedModel",
     "QuantSpec",
     "QuantizationConfig",
@@ -76,6 +78,7 @@ __all__ = [
     "generate_text",
     "get_scheme",
     "gptq",
+    "inspect_checkpoint",
     "list_kernels",
     "load",
     "load_model",
@@ -103,6 +106,7 @@ _HOMES = {
     "GPTQSettings": "fewbit.methods.gptq:GPTQSettings",
     "GateChoice": "fewbit.walk.settings:GateChoice",
     "InputStatistics": "fewbit.methods.statistics:InputStatistics",
+    "InspectResult": "fewbit.results:InspectResult",
     "LoadedModel": "fewbit.runtime.load:LoadedModel",
     "QuantSpec": "fewbit.formats.spec:QuantSpec",
     "QuantizationConfig": "fewbit.runtime.config:QuantizationConfig",
@@ -123,6 +127,7 @@ _HOMES = {
     "generate_text": "fewbit.workflows.generate:generate_text",
     "get_scheme": "fewbit.formats.spec:get_scheme",
     "gptq": "fewbit.methods.gptq:gptq",
+    "inspect_checkpoint": "fewbit.workflows.inspect:inspect_checkpoint",
     "list_kernels": "fewbit.workflows.kernels:list_kernels",
     "load": "fewbit.workflows.load:load",
     "load_model": "fewbit.runtime.load:load_model",

@@ -385,6 +385,24 @@ def convert(
     _print_json(result) if json else render_convert(result, _console())
 
 
+@app.command(epilog=_example("fewbit inspect quantized/w4a16"))
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint by any tool: a directory, a GGUF file or a hub id.")],
+    json: JsonOption = False,
+) -> None:
+    """Show what is quantized and how, how many bits that takes, who loads and runs it and who does not, and what contradicts itself.
+
+    The exit code is 1 when something does.
+    """
+    from fewbit.report.inspect_table import render_inspect
+    from fewbit.workflows.inspect import inspect_checkpoint
+
+    result = inspect_checkpoint(checkpoint)
+    _print_json(result) if json else render_inspect(result, _console())
+    if result.problems:
+        raise typer.Exit(1)
+
+
 @app.command(epilog=_example("fewbit verify quantized/w4a16 --against models/mine --runtime vllm"))
 def verify(
     checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint by any tool: a Hugging Face directory or a GGUF file.")],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fewbit.checkpoints.gguf_header import GgufFile
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles, TensorEntry
 from fewbit.errors import CheckpointError
 
@@ -19,6 +20,7 @@ __all__ = ["damaged_copy"]
 
 _FACTOR = 1.5
 _SUFFIXES = (".weight_scale", ".scales", ".SCB", ".weight.absmax", "._weight_scale", ".weight")
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HALF_FIRST = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176}  # bytes of a block; a half leads it
 
 
@@ -73,21 +75,23 @@ def _link(source: Path, to: Path) -> None:
 
 
 def _damaged_gguf(path: Path, linear: str, to: Path) -> Path:
-    from gguf import GGUFReader
-
-    tensor = next((t for t in GGUFReader(path).tensors if t.name == f"{linear}.weight"), None)
-    if tensor is None or tensor.tensor_type.name not in (*_HALF_FIRST, "F16", "MXFP4"):
+    file = GgufFile(path)
+    tensor = file.tensors.get(f"{linear}.weight")
+    if tensor is None or tensor.type.name not in (*_HALF_FIRST, *_FLOATS, "MXFP4", "Q6_K"):
         raise CheckpointError(f"'{linear}' in '{path}' has no scales that could be damaged")
-    data = torch.frombuffer(bytearray(tensor.data.tobytes()), dtype=torch.uint8)
-    if tensor.tensor_type.name == "F16":
-        data = (data.view(torch.float16) * _FACTOR).view(torch.uint8)
-    elif tensor.tensor_type.name == "MXFP4":
+    data = file.get(f"{linear}.weight")
+    if tensor.type.name in _FLOATS:
+        data = (data.view(_FLOATS[tensor.type.name]) * _FACTOR).view(torch.uint8)
+    elif tensor.type.name == "MXFP4":
         data.view(-1, 17)[:, 0] += 1
+    elif tensor.type.name == "Q6_K":  # its half comes last
+        blocks = data.view(-1, 210)
+        blocks[:, -2:] = (blocks[:, -2:].contiguous().view(torch.float16) * _FACTOR).view(torch.uint8)
     else:
-        blocks = data.view(-1, _HALF_FIRST[tensor.tensor_type.name])
+        blocks = data.view(-1, _HALF_FIRST[tensor.type.name])
         blocks[:, :2] = (blocks[:, :2].contiguous().view(torch.float16) * _FACTOR).view(torch.uint8)
     shutil.copyfile(path, to)
     with to.open("r+b") as stream:
-        stream.seek(int(tensor.data_offset))
+        stream.seek(tensor.offset)
         stream.write(data.numpy().tobytes())
     return to

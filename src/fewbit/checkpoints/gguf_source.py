@@ -24,7 +24,7 @@ from fewbit.checkpoints.gguf_vocabulary import GENERATION_KEY, read_tokenizer
 from fewbit.checkpoints.layout import named
 from fewbit.errors import CheckpointError
 from fewbit.formats.quantize import dequantize
-from fewbit.formats.spec import Scheme
+from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.models.structure import build_empty_model
 
@@ -117,6 +117,11 @@ class GgufSource:
         """Bytes of the file."""
         return self.file.size
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The dotted names of all linears that the file has."""
+        return tuple(key.removesuffix(".weight") for key in self._linears)
+
     def disk_name(self, name: str) -> str:
         """What the file calls a tensor of the model."""
         return self._disk.get(name, name)
@@ -154,6 +159,10 @@ class GgufSource:
             return q
         back = order.argsort()
         return QuantizedTensor(q.values[back], q.scale[back], q.spec)
+
+    def spec_of(self, prefix: str) -> QuantSpec | None:
+        """The format of one linear, from the header; None when it is stored in high precision or comes decoded."""
+        return READ[self.file.tensors[self._disk[f"{prefix}.weight"]].type] if prefix in self.quantized_linears else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Read once, kept.

@@ -183,9 +183,24 @@ class LinearsReader(ABC):
     @cached_property
     def owned(self) -> frozenset[str]:
         """Names of the tensors that belong to quantized linears or to the layout, and are none of the high-precision model's."""
-        quantized = set(self.linears)
-        of_linears = {name for name in self.files.names() if name.rpartition(".")[0] in quantized and not name.endswith(".bias")}
-        return frozenset(of_linears | set(self.cache_scales))
+        return frozenset({name for parts in self._parts.values() for name in parts} | set(self.cache_scales))
+
+    def parts(self, prefix: str) -> tuple[str, ...]:
+        """Names of the tensors that one linear is stored as, its bias not among them."""
+        return tuple(self._parts.get(prefix, ()))
+
+    @cached_property
+    def _parts(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {prefix: [] for prefix in self.linears}
+        for name in self.files.names():
+            prefix = self.linear_of(name)
+            if prefix in found and not name.endswith(".bias"):
+                found[prefix].append(name)
+        return found
+
+    def linear_of(self, name: str) -> str:
+        """The dotted name of the linear that a tensor would belong to."""
+        return name.rpartition(".")[0]
 
     @cached_property
     def cache_scales(self) -> tuple[str, ...]:

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.gguf_header import GgufFile, gguf_path
 from fewbit.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError, UsageError
 
 __all__ = ["Kind", "Made", "Runtime", "get_runtime", "kind_of", "kinds", "runtimes"]
@@ -128,8 +130,9 @@ def kind_of(path: str | Path) -> Kind:
         UnsupportedModelError: a kind that the matrix does not have.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return _row(_gguf_kind(path), path)
+    gguf = gguf_path(path)
+    if gguf is not None:
+        return _row(_gguf_kind(gguf), path)
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(f"no config.json in '{path}'", "name a Hugging Face directory or a GGUF file")
     try:
@@ -208,16 +211,10 @@ _KINDS = {
 
 def _gguf_kind(path: Path) -> str:
     """By the type that most weights of the blocks have."""
-    from gguf import GGUFReader
-
-    try:
-        tensors = GGUFReader(path).tensors
-    except (ValueError, IndexError, OverflowError, OSError, KeyError) as error:
-        raise CheckpointError(f"'{path}' is no valid GGUF file: {error}", "download or write it again") from error
     counts: Counter[str] = Counter()
-    for tensor in tensors:
-        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-            counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    for name, tensor in GgufFile(path).tensors.items():
+        if name.startswith("blk.") and len(tensor.shape) > 1:
+            counts[tensor.type.name.lower()] += prod(tensor.shape)
     if not counts:
         raise CheckpointError(f"'{path}' has no tensors of blocks", "download or write it again")
     most = counts.most_common(1)[0][0]

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from fewbit.checkpoints.damage import damaged_copy
+from fewbit.checkpoints.gguf_source import GgufSource
 from fewbit.checkpoints.plain import write_plain
 from fewbit.checkpoints.runtimes import Kind, Runtime
 from fewbit.checkpoints.sources import TensorSource
@@ -164,8 +165,12 @@ def _plain(subject: Subject, to: Path, plain_gguf: Path | None) -> Path:
 
 def _damaged(subject: Subject, to: Path) -> Path:
     """A copy with the last block's widest linear damaged."""
-    names = sorted(subject.source.quantized_linears, key=lambda name: (name.endswith("down_proj"), name))
+    source = subject.source
+    linears = source.linears if isinstance(source, GgufSource) else source.quantized_linears
+    names = sorted(linears, key=lambda name: (name.endswith("down_proj"), name))
     name = names[-1] if names else "model.embed_tokens"
+    if isinstance(source, GgufSource):
+        return damaged_copy(source.file.path, source.disk_name(f"{name}.weight").removesuffix(".weight"), to)
     return damaged_copy(subject.path, name, to)
 
 
