@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from fewbit.runtime.transformers_hook import install as _tell_transformers
+
 if TYPE_CHECKING:
     from fewbit.checkpoints.sources import open_source
     from fewbit.errors import FewbitError
@@ -152,3 +154,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_tell_transformers()

@@ -24,6 +24,7 @@ LAYOUTS: Mapping[str, tuple[str, str, tuple[Any, ...]]] = {
     "gptq": ("gptq", "GptqLayout", (1,)),
     "gptq_v2": ("gptq", "GptqLayout", (2,)),
     "awq": ("awq", "AwqLayout", ()),
+    "fewbit": ("own", "OwnLayout", ()),
     "gguf": ("gguf", "GgufLayout", ()),
     "dense": ("dense", "DenseLayout", (torch.bfloat16,)),
     "dense-float32": ("dense", "DenseLayout", (torch.float32,)),
@@ -34,6 +35,7 @@ _READERS: Mapping[str, tuple[str, str]] = {
     "compressed-tensors": ("compressed_tensors_reader", "CompressedTensorsReader"),
     "gptq": ("gptq", "GptqReader"),
     "awq": ("awq", "AwqReader"),
+    "fewbit": ("own", "OwnReader"),
 }
 
 # AutoRound's packing_format -> whose layout it is

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -199,13 +199,14 @@ def _modelopt(fields: Mapping[str, Any]) -> str:
     return {"fp8": "modelopt-fp8", "fp8_per_channel_per_token": "modelopt-fp8-pc"}[algorithm]
 
 
-_KINDS = {
+_KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "awq": lambda fields: f"awq-{int(fields['bits'])}",
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
     "modelopt": _modelopt,
+    "fewbit": lambda fields: "fewbit",
 }
 
 

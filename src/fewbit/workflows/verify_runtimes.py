@@ -6,7 +6,7 @@ For a runtime r and a checkpoint C, with D the plain model of C's dequantized we
     difference    root mean square of r(C) - truth over the tokens
     floor         the same of r(D) - truth of D: what r's arithmetic alone makes of a model in which nothing is quantized; where C rounds
                   its inputs, also what BF16 makes of our own runtime (an input rounded the other way changes a token's answer)
-    passes        difference <= 2 floors, and each linear answers its probes as our dequantized weight does
+    passes        difference <= 2 floors, the floor is below 0.2, and each linear answers its probes as our dequantized weight does
     control       a copy of C with one linear's scales damaged must not pass
 
 Log-probabilities alone do not catch small errors in a layout: BF16 alone moves them by 0.03. So each linear is asked as well, with inputs
@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from fewbit.checkpoints.damage import damaged_copy
 from fewbit.checkpoints.gguf_source import GgufSource
-from fewbit.checkpoints.plain import write_plain
 from fewbit.checkpoints.runtimes import Kind, Runtime
 from fewbit.checkpoints.sources import TensorSource
 from fewbit.formats.quantize import dequantize, fake_quantize
@@ -37,16 +36,24 @@ from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.load import load_model
 from fewbit.workflows.foreign.processes import ForeignAnswer, ForeignJob, ask
 from fewbit.workflows.foreign.workers import _worker
+from fewbit.workflows.verify_plain import write_plain_for
 
 __all__ = ["TIMEOUT_S", "Subject", "check_refusals", "check_runtime", "runtime_dtype"]
 
 TIMEOUT_S = 1800.0
 FLOORS = 2.0
+_MOST_FLOOR_NATS = 0.2  # a runtime that makes more of a plain model computes another model: an error that our reader and our writer share
 _LEAST_FLOOR_NATS = 1e-4  # float32 over some dozen layers; less than this is luck
 _ROUNDINGS = 16.0  # a good W4A16 checkpoint in vLLM has 8.2 at most, one with a damaged linear 429
 _EPS = {"float32": 2.0**-18, "float16": 2.0**-10, "bfloat16": 2.0**-8}  # float32: products of two rounded numbers, summed in any order
 _DTYPES = {"transformers": "float32", "vllm": "bfloat16", "llama.cpp": "float32", "openvino": "float32"}
+_PLUGINS = {"transformers": ("fewbit",), "vllm": ("fewbit.runtime.vllm_plugin:register",)}
 _HALF_KINDS = ("gptq", "awq")  # gptqmodel's kernels compute in 16 bits only
+
+
+def _imports(subject: Subject, runtime: Runtime) -> tuple[str, ...]:
+    """fewbit's own layout is loaded by what fewbit tells the runtime."""
+    return _PLUGINS.get(runtime.name, ()) if subject.kind.name == "fewbit" else ()
 
 
 def runtime_dtype(runtime: Runtime, kind: Kind) -> str:
@@ -63,13 +70,11 @@ class Subject:
         path: a Hugging Face directory or a GGUF file.
         kind: its row of the matrix.
         source: its tensors as fewbit reads them.
-        imports: modules that a Python runtime imports before it loads.
     """
 
     path: Path
     kind: Kind
     source: TensorSource
-    imports: tuple[str, ...] = ()
 
     @property
     def scheme(self) -> Scheme:
@@ -127,7 +132,6 @@ def check_runtime(
     ids: Sequence[Sequence[int]],
     *,
     threads: int = 1,
-    plain_gguf: Path | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> list[RuntimeCheck]:
     """Let one runtime read checkpoints, their plain models and damaged copies, and compare.
@@ -137,7 +141,6 @@ def check_runtime(
         subjects: checkpoints; all of them are read by one process of the runtime, each in a child of its own.
         ids: token windows.
         threads: of the runtime.
-        plain_gguf: llama.cpp and OpenVINO: a GGUF file of the plain model to take the floor from.
         timeout_s: for all of them together.
 
     Raises:
@@ -149,18 +152,12 @@ def check_runtime(
             dtype = runtime_dtype(runtime, subject.kind)
             place = Path(folder) / str(index)
             jobs += [
-                ForeignJob(_plain(subject, place / "plain", plain_gguf), dtype, layers=False),
-                ForeignJob(subject.path, dtype, imports=subject.imports),
-                ForeignJob(_damaged(subject, place / "damaged"), dtype, imports=subject.imports),
+                ForeignJob(write_plain_for(runtime, subject.source, place / "plain"), dtype, layers=False),
+                ForeignJob(subject.path, dtype, imports=_imports(subject, runtime)),
+                ForeignJob(_damaged(subject, place / "damaged"), dtype, imports=_imports(subject, runtime)),
             ]
         answers = ask(runtime, jobs, ids, threads=threads, timeout_s=timeout_s)
     return [_compare(runtime, subject, ids, *answers[3 * index : 3 * index + 3]) for index, subject in enumerate(subjects)]
-
-
-def _plain(subject: Subject, to: Path, plain_gguf: Path | None) -> Path:
-    if subject.path.is_file():
-        return plain_gguf or subject.path
-    return write_plain(subject.source, to)
 
 
 def _damaged(subject: Subject, to: Path) -> Path:
@@ -202,6 +199,8 @@ def _compare(
     reasons = []
     if not difference <= FLOORS * floor:
         reasons.append(f"log-probabilities differ by {difference:.3g} nats, the floor is {floor:.3g}")
+    if not floor <= _MOST_FLOOR_NATS:
+        reasons.append(f"even the plain model differs by {floor:.3g} nats")
     if differing:
         reasons.append(f"{len(differing)} linears compute something else, the worst is {differing[0]}")
     caught = damaged.error is not None or (control is not None and control > FLOORS * floor) or bool(control_layers)
@@ -231,7 +230,10 @@ def check_refusals(
     Args:
         runtime, subjects, ids, threads, timeout_s: as for `check_runtime`.
     """
-    jobs = [ForeignJob(subject.path, runtime_dtype(runtime, subject.kind), layers=False, imports=subject.imports) for subject in subjects]
+    jobs = [
+        ForeignJob(subject.path, runtime_dtype(runtime, subject.kind), layers=False, imports=_imports(subject, runtime))
+        for subject in subjects
+    ]
     answers = ask(runtime, jobs, ids, threads=threads, timeout_s=timeout_s)
     found = []
     for subject, job, answer in zip(subjects, jobs, answers, strict=True):

@@ -21,6 +21,7 @@ __all__ = ["ForeignAnswer", "ForeignJob", "ask"]
 
 _WORKERS = Path(__file__).parent / "workers"
 _SCRIPT = "_worker.py"
+_PACKAGE = Path(__file__).parents[2]
 _NAMES = {"transformers": "transformers", "vllm": "vllm", "llama.cpp": "llamacpp", "openvino": "openvino"}
 _LAST_WORDS = 300
 
@@ -33,7 +34,7 @@ class ForeignJob:
         path: a Hugging Face directory or a GGUF file.
         dtype: of activations: float32, bfloat16 or float16.
         layers: also ask each linear.
-        imports: modules that the runtime's process imports first.
+        imports: `module` or `module:function` of fewbit that the runtime's process imports and calls first.
     """
 
     path: Path
@@ -85,7 +86,8 @@ def ask(
             for job, out in zip(jobs, outs, strict=True)
         ]
         job_file = Path(folder) / "job.json"
-        job_file.write_text(json.dumps({"ids": [list(window) for window in ids], "checkpoints": checkpoints}), encoding="utf-8")
+        job = {"ids": [list(window) for window in ids], "checkpoints": checkpoints, "package": str(_PACKAGE)}
+        job_file.write_text(json.dumps(job), encoding="utf-8")
         words = _run(
             [str(python), str(_WORKERS / _SCRIPT), str(_WORKERS / f"on_{_NAMES[runtime.name]}.py"), str(job_file)], threads, timeout_s
         )

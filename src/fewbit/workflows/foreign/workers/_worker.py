@@ -3,11 +3,14 @@
 This file is the script that runs under another environment's Python, `python _worker.py RUNTIME.py JOB.json`; RUNTIME.py beside it has the
 function `one` that reads a checkpoint in its runtime, and `PACKAGES`, whose versions belong to the answer. The job is a JSON file
 
-    {"ids": [[1, 5, ...], ...], "checkpoints": [{"path": DIR, "out": FILE.npz, "dtype": "float32", "layers": true}, ...], ...}
+    {"ids": [[1, 5, ...], ...], "checkpoints": [{"path": DIR, "out": FILE.npz, "dtype": "float32", "layers": true}, ...],
+     "package": DIR}
 
 and for each checkpoint it leaves FILE.npz with `logprobs` float32 [sum(len(ids) - 1)], the log-probability of each token given those
 before it, and for each linear P that it could look into `layer:P` float32 [PROBES, out], what the linear answers to `probes(P, in)`. What
 goes wrong is left in FILE.json, `{"error": TYPE, "message": TEXT}`; else FILE.json is `{"seconds": ..., "versions": {...}}`.
+
+A checkpoint's `imports` are modules of fewbit, found in `package`, that teach the runtime a layout: its plugins.
 
 **Probes.** Rows of +1 and -1: every number format holds them exactly, so that formats that quantize the inputs do not disturb, and every
 column of the weight takes part in every answer. A wrong scale, zero point, order of columns or of rows changes some answers by far more
@@ -16,6 +19,7 @@ than rounding does.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -61,7 +65,7 @@ def main(runtime_file: str, job_file: str) -> None:
     for checkpoint in job["checkpoints"]:
         child = os.fork()
         if child == 0:
-            _one(runtime, checkpoint, job["ids"])
+            _one(runtime, checkpoint, job["ids"], job["package"])
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
@@ -78,9 +82,24 @@ def _leave(checkpoint: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     _report_file(checkpoint).write_text(json.dumps(report), encoding="utf-8")
 
 
-def _one(runtime: Any, checkpoint: Mapping[str, Any], ids: list[list[int]]) -> None:
+def _import(name: str, package: str) -> None:
+    """A module of fewbit, from its folder alone: nothing else that lies beside it may get in front of the runtime's own packages."""
+    if "fewbit" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("fewbit", f"{package}/__init__.py", submodule_search_locations=[package])
+        assert spec is not None and spec.loader is not None
+        sys.modules["fewbit"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    path, _, function = name.partition(":")
+    found = importlib.import_module(path)
+    if function:
+        getattr(found, function)()
+
+
+def _one(runtime: Any, checkpoint: Mapping[str, Any], ids: list[list[int]], package: str) -> None:
     started = time.monotonic()
     try:
+        for name in checkpoint.get("imports", ()):
+            _import(name, package)
         arrays = runtime.one(checkpoint, ids, sys.modules[__name__])
         np.savez(checkpoint["out"], **arrays)
         _leave(checkpoint, {"seconds": time.monotonic() - started, "versions": _versions(runtime.PACKAGES)})

@@ -29,8 +29,6 @@ def _load(checkpoint: Mapping[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    for module in checkpoint.get("imports", ()):
-        __import__(module)
     path, options = Path(checkpoint["path"]), {}
     if path.suffix == ".gguf":
         options["gguf_file"], path = path.name, path.parent

@@ -1,0 +1,71 @@
+"""The reverse: checkpoints that other tools made are read by fewbit, and dequantize to the very numbers that the tools' own code gives.
+
+    make test-runtimes                                      # the tools that are installed
+    FEWBIT_MADE=DIR FEWBIT_HEAVY=1 pytest tests/runtimes/test_reverse.py     # keeps what they make in DIR, and takes what is there
+
+`_tools.py` runs under each tool's Python. Where a tool dequantizes into 16 bits, ours are rounded once to the same dtype: the product of a
+code and a stored scale is exact in float32, so nothing else may differ.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fewbit
+from fewbit.checkpoints.runtimes import kind_of
+from fewbit.checkpoints.sources import open_source
+from fewbit.workflows.convert import convert_checkpoint
+from fewbit.workflows.foreign.environments import environments_directory
+
+pytestmark = pytest.mark.heavy
+
+TOOLS = Path(__file__).with_name("_tools.py")
+PEERS = Path(__file__).parents[2] / "benchmarks" / ".peers"
+CASES = [
+    line.strip().split('"')[1] for line in TOOLS.read_text(encoding="utf-8").partition("CASES:")[2].splitlines() if line.startswith('    "')
+]
+
+
+def python_of(case: str) -> Path | None:
+    """The interpreter that has the tool of a case; None when it is not installed."""
+    tool = case.partition("-")[0]
+    name = "transformers" if tool in ("bnb", "torchao", "gptqmodel") else tool
+    places = (environments_directory() / name, PEERS / name)
+    return next((place / "bin" / "python" for place in places if (place / "bin" / "python").is_file()), None)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kept = os.environ.get("FEWBIT_MADE")
+    return Path(kept) if kept else tmp_path_factory.mktemp("made")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_foreign_checkpoint_is_read_bit_for_bit(case: str, folder: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    python, out = python_of(case), folder / case
+    if not out.with_name(f"{case}.safetensors").is_file():
+        if python is None:
+            pytest.skip("the tool is not installed: make runtimes, or benchmarks/peers/environments.py")
+        command = [str(python), str(TOOLS), case, str(tiny_llama_dir), str(out)]
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800)
+        assert done.returncode == 0, done.stdout[-2000:]
+    theirs = load_file(out.with_name(f"{case}.safetensors"))
+    directory = next((path.parent for path in sorted(out.rglob("config.json"))), out)
+    source = open_source(directory)
+    assert kind_of(directory).title
+    assert len(source.quantized_linears) == len(theirs) == 14
+    for name, weight in theirs.items():
+        assert torch.equal(source.get(name).to(weight.dtype), weight.cpu()), name
+    with torch.inference_mode():
+        logits = fewbit.load(directory).model(torch.arange(32)[None]).logits
+    assert bool(logits.isfinite().all())
+    convert_checkpoint(directory, layout="dense-float32", out=tmp_path / "dense")
+    dense = open_source(tmp_path / "dense")
+    assert all(torch.equal(dense.get(name), source.get(name)) for name in theirs)
