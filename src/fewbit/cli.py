@@ -62,6 +62,16 @@ StrictOption = Annotated[
     bool, typer.Option("--strict", help="Fail instead of running a slower kernel where a fused one exists for the format.")
 ]
 
+ComputeOption = Annotated[
+    str, typer.Option(metavar="MODE", help="exact, or int8-activations: kernels may quantize their inputs to INT8 on the fly.")
+]
+LmHeadOption = Annotated[
+    str | None, typer.Option("--lm-head", metavar="NAME", help="Format of the output head: bf16, int8, int4, int3, int2, fp8, nf4, ...")
+]
+RuntimeOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Who runs the passes: engine, transformers, or auto: the engine wherever it can.")
+]
+
 
 def _example(text: str) -> str:
     return f"Example: [bold]{text}[/bold]"
@@ -142,12 +152,16 @@ def compare(
     kv_context: Annotated[int, typer.Option(metavar="TOKENS", help="Length of those sequences; cut to the model's maximum.", min=1)] = 4096,
     counters: Annotated[bool, typer.Option("--counters", help="Also read hardware counters, where perf is there.")] = False,
     strict: StrictOption = False,
+    compute: ComputeOption = "exact",
+    lm_head: LmHeadOption = None,
+    runtime: RuntimeOption = "auto",
     seed: Annotated[int, typer.Option(metavar="SEED", help="For sampling text and for random weights.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Measure memory, latency and quality of each quantization of one model together, and say what to conclude."""
     from fewbit.bench.latency import LatencySettings
     from fewbit.report.table import render_results
+    from fewbit.runtime.runner import runtime_choice
     from fewbit.workflows.compare import CompareSettings
     from fewbit.workflows.compare import compare as run
     from fewbit.workflows.sizes import parse_bytes
@@ -159,12 +173,15 @@ def compare(
         memory_budget_bytes=parse_bytes(memory_budget),
         kv_context_tokens=kv_context,
         strict=strict,
+        runtime=runtime_choice(runtime),
         seed=seed,
     )
     with _progress(quiet=json) as progress:
         results = run(
             model,
             variants=variants,
+            compute=compute,
+            lm_head=lm_head,
             texts=text or (),
             corpus=corpus,
             protocol=protocol,
@@ -194,6 +211,8 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A dire
 def evaluate(
     model: ModelArgument = None,
     scheme: Annotated[str | None, typer.Option(metavar="NAME", help="The scheme to evaluate; the checkpoint's own when left out.")] = None,
+    compute: ComputeOption = "exact",
+    lm_head: LmHeadOption = None,
     against: Annotated[
         str | None, typer.Option(help="The model in high precision to compare with; MODEL itself in BF16 when left out.")
     ] = None,
@@ -218,6 +237,8 @@ def evaluate(
         result = run(
             model,
             scheme=scheme,
+            compute=compute,
+            lm_head=lm_head,
             against=against,
             corpus=corpus,
             texts=text or (),
@@ -236,6 +257,9 @@ def bench(
     shapes: Annotated[str | None, typer.Option(metavar="NAME", help="Random weights in these real shapes, in place of a model.")] = None,
     scheme: Annotated[str, typer.Option(metavar="NAME", help="The scheme to time against BF16.")] = "W4A16",
     kernel: Annotated[str | None, typer.Option(metavar="NAME", help="A kernel's name, or 'unfused'; the fastest when left out.")] = None,
+    compute: ComputeOption = "exact",
+    lm_head: LmHeadOption = None,
+    runtime: RuntimeOption = "auto",
     prompt_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Prompt length of the prefill measurement.", min=1)] = 512,
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens in the KV cache while decode is measured.", min=1)] = 128,
     machine: Annotated[bool, typer.Option("--machine", help="Measure only the machine: bandwidth, GEMM rate, time per operator.")] = False,
@@ -245,6 +269,7 @@ def bench(
     """Measure prefill, decode and memory of one scheme against BF16, or of the machine itself."""
     from fewbit.bench.latency import LatencySettings
     from fewbit.report.bench_table import render_bench, render_machine
+    from fewbit.runtime.runner import runtime_choice
     from fewbit.workflows.bench import bench as run
     from fewbit.workflows.bench import bench_machine
     from fewbit.workflows.section import SectionSettings
@@ -254,8 +279,10 @@ def bench(
         if machine:
             result: Any = bench_machine()
         else:
-            settings = SectionSettings(latency=latency)
-            result = run(model, shapes=shapes, scheme=scheme, kernel=kernel, settings=settings, progress=progress)
+            settings = SectionSettings(latency=latency, runtime=runtime_choice(runtime))
+            result = run(
+                model, shapes=shapes, scheme=scheme, kernel=kernel, compute=compute, lm_head=lm_head, settings=settings, progress=progress
+            )
     if json:
         _print_json(result)
     else:
@@ -597,9 +624,13 @@ def generate(
     top_p: Annotated[float, typer.Option(metavar="P", min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(metavar="SEED", help="For sampling.")] = 0,
     strict: StrictOption = False,
+    compute: ComputeOption = "exact",
+    lm_head: LmHeadOption = None,
+    runtime: RuntimeOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Continue a text, streaming tokens, and print the time per token and the kernel that ran."""
+    from fewbit.runtime.runner import runtime_choice
     from fewbit.workflows.generate import generate_text
 
     console = _console()
@@ -613,6 +644,9 @@ def generate(
         top_p=top_p,
         seed=seed,
         strict=strict,
+        compute=compute,
+        lm_head=lm_head,
+        runtime=runtime_choice(runtime),
         on_text=None if json else lambda piece: console.print(piece, end="", markup=False, highlight=False, soft_wrap=True),
     )
     if json:

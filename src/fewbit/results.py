@@ -218,6 +218,8 @@ class LatencyResult:
         overhead_share: time of a decode step with all linears and the cache emptied, over the median step.
         prefill_compute_share, prefill_overhead_share: the same for the prefill.
         bound, prefill_bound: named from these shares.
+        runtime: who ran the passes, `engine` or `transformers`.
+        runtime_reason: why not the engine; empty when it did.
     """
 
     prefill_tokens: int
@@ -247,6 +249,8 @@ class LatencyResult:
     scaled: bool = False
     counters: Counters | None = None
     read_bandwidth_gb_s: float | None = None
+    runtime: str = "transformers"
+    runtime_reason: str = ""
 
 
 @dataclass(frozen=True, config=_FROZEN)
@@ -296,7 +300,12 @@ class QualityResult:
 
 @dataclass(frozen=True, config=_FROZEN)
 class VariantInfo:
-    """Which quantization; `name` is unique in a results file."""
+    """Which quantization; `name` is unique in a results file.
+
+    Attributes:
+        compute: `exact`, or `int8-activations` where kernels were allowed to quantize their inputs on the fly (they name themselves).
+        lm_head: format of the output head.
+    """
 
     name: str
     label: str
@@ -306,6 +315,8 @@ class VariantInfo:
     kv_cache: str
     method: str
     bits_nominal: float
+    compute: str = "exact"
+    lm_head: str = "BF16"
 
 
 @dataclass(frozen=True, config=_FROZEN)

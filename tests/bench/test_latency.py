@@ -51,7 +51,7 @@ def hooks_of(loaded: LoadedModel) -> int:
 
 
 def runner_of(loaded: LoadedModel, scale: LayerScale = WHOLE) -> StepRunner:
-    return StepRunner.start(loaded, prompt_tokens=16, context_tokens=24, scale=scale, seed=0)
+    return StepRunner.start(loaded, prompt_tokens=16, context_tokens=24, scale=scale, seed=0, runtime="transformers")
 
 
 def test_a_variant(bf16: LoadedModel, int4: LoadedModel) -> None:

@@ -15,8 +15,8 @@ from fewbit.kernels.cpu.extension import missing_native, native
 from fewbit.kernels.dense import DenseKernel
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.engine import Engine, engine_refusal
-from fewbit.runtime.generate import decode_step, prefill
 from fewbit.runtime.load import load_model
+from fewbit.runtime.runner import decode_step, prefill
 
 if TYPE_CHECKING:
     from fewbit._native import Linear

@@ -13,8 +13,9 @@ from fewbit.checkpoints.sources import DirectorySource
 from fewbit.errors import ModelError, UsageError
 from fewbit.formats.spec import get_scheme
 from fewbit.runtime.config import QuantizationConfig
-from fewbit.runtime.generate import decode_step, generate, prefill
+from fewbit.runtime.generate import generate
 from fewbit.runtime.load import LoadedModel, load_model
+from fewbit.runtime.runner import decode_step, prefill
 
 PROMPT = torch.arange(3, 23)[None]
 

@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 from fewbit.bench.bound import name_bound
 from fewbit.bench.counters import measure_counters
 from fewbit.bench.machine import measure_read_bandwidth
-from fewbit.bench.operators import measure_operators
 from fewbit.bench.percentiles import MIN_SAMPLES_FOR_INTERVAL, MIN_SAMPLES_FOR_P99, median, median_interval, percentile
 from fewbit.bench.scaling import LayerScale
 from fewbit.bench.steps import StepRunner
 from fewbit.bench.traffic import StepCost, step_cost
 from fewbit.results import Bound, Interval, LatencyResult, MachineResult
 from fewbit.runtime.load import LoadedModel
+from fewbit.runtime.runner import EngineRunner, RuntimeChoice
 
 __all__ = ["BlockPlan", "LatencySettings", "measure_latency", "plan_blocks", "symmetric_interval"]
 
@@ -106,6 +106,7 @@ def measure_latency(
     *,
     settings: LatencySettings | None = None,
     scale: LayerScale | None = None,
+    runtime: RuntimeChoice = "auto",
 ) -> LatencyResult:
     """The latency figures of one variant.
 
@@ -115,6 +116,7 @@ def measure_latency(
         machine: the machine's figures from the same run.
         settings: how much is measured.
         scale: to the whole stack, when the models are slices; times, bytes and operations are then scaled and the result says so.
+        runtime: who runs the passes of both, see `runtime.runner.make_runner`.
 
     Raises:
         MeasurementError: the prompt or the context does not fit the model, or the times cannot be scaled.
@@ -124,7 +126,12 @@ def measure_latency(
     scale = scale or LayerScale(layers, layers)
     ours, theirs = (
         StepRunner.start(
-            loaded, prompt_tokens=settings.prompt_tokens, context_tokens=settings.context_tokens, scale=scale, seed=settings.seed
+            loaded,
+            prompt_tokens=settings.prompt_tokens,
+            context_tokens=settings.context_tokens,
+            scale=scale,
+            seed=settings.seed,
+            runtime=runtime,
         )
         for loaded in (variant, baseline)
     )
@@ -136,11 +143,11 @@ def measure_latency(
     p50, prefill_ms = median(decode.times), median(prefills.times)
     raw_ms = ours.raw_step()  # what a step takes here and now; `p50` may be scaled to layers that are not there
     overhead = _overhead_share(ours, replace(variant, scheme=baseline.scheme), raw_ms, settings)
-    step = step_cost(variant, scale, tokens=1, context=settings.context_tokens)
-    prompt = step_cost(variant, scale, tokens=settings.prompt_tokens, context=0)
+    copies = not isinstance(ours.runner, EngineRunner)
+    step = step_cost(variant, scale, tokens=1, context=settings.context_tokens, cache_copies=copies)
+    prompt = step_cost(variant, scale, tokens=settings.prompt_tokens, context=0, cache_copies=copies)
     shares = _Shares.of(step, p50, overhead, machine, bandwidth)
     prefill_shares = _Shares.of(prompt, prefill_ms, overhead * p50 / prefill_ms, machine, bandwidth)
-    operators = measure_operators(variant.model, ours.raw_step, steps=_affordable(raw_ms, 10), scale=scale, device=ours.device)
     return LatencyResult(
         prefill_tokens=settings.prompt_tokens,
         prefill_ms=prefill_ms,
@@ -150,7 +157,7 @@ def measure_latency(
         decode_ms_p50=p50,
         decode_ms_p95=percentile(decode.times, 95),
         decode_ms_p99=percentile(decode.times, 99) if len(decode.times) >= MIN_SAMPLES_FOR_P99 else None,
-        generate_32_ms=_generation_ms(variant, settings, scale, raw_ms),
+        generate_32_ms=_generation_ms(variant, settings, scale, raw_ms, runtime),
         generate_prompt_tokens=settings.generate_prompt_tokens,
         speedup_over_bf16=symmetric_interval(decode.ratios) if is_baseline else median_interval(decode.ratios),
         prefill_speedup_over_bf16=1.0 if is_baseline else median(prefills.ratios),
@@ -166,9 +173,11 @@ def measure_latency(
         prefill_compute_share=prefill_shares.compute,
         prefill_overhead_share=prefill_shares.overhead,
         prefill_bound=prefill_shares.bound,
-        operators=operators,
+        operators=ours.operators(_affordable(raw_ms, 10)),
         scaled=scale.is_scaled,
         counters=measure_counters(ours.raw_step, steps=_affordable(raw_ms, 20), device=ours.device) if settings.counters else None,
+        runtime=ours.runner.path,
+        runtime_reason=ours.runner.reason,
     )
 
 
@@ -222,7 +231,7 @@ def _overhead_share(ours: StepRunner, uncached: LoadedModel, raw_ms: float, sett
         ours: the variant. uncached: the same model with a BF16 cache. raw_ms: about one step of `ours`.
     """
     steps = _affordable(6 * raw_ms, 10)
-    bare = StepRunner.start(uncached, prompt_tokens=1, context_tokens=1, scale=ours.scale, seed=settings.seed)
+    bare = StepRunner.start(uncached, prompt_tokens=1, context_tokens=1, scale=ours.scale, seed=settings.seed, runtime=_path(ours))
     shares = []
     for _ in range(3):
         whole = median(ours.decode_block(steps, settling=1))
@@ -230,14 +239,18 @@ def _overhead_share(ours: StepRunner, uncached: LoadedModel, raw_ms: float, sett
     return median(shares)
 
 
-def _generation_ms(loaded: LoadedModel, settings: LatencySettings, scale: LayerScale, step_ms: float) -> float:
+def _path(runner: StepRunner) -> RuntimeChoice:
+    return "engine" if isinstance(runner.runner, EngineRunner) else "transformers"
+
+
+def _generation_ms(loaded: LoadedModel, settings: LatencySettings, scale: LayerScale, step_ms: float, runtime: RuntimeChoice) -> float:
     """Prefill of the short prompt and the 32 tokens after it.
 
     The first token comes out of the prefill, so 31 steps follow. They are run while they fit in a quarter of the budget; those that do
     not are counted with the mean of those that were run.
     """
     tokens = settings.generate_prompt_tokens
-    runner = StepRunner.start(loaded, prompt_tokens=tokens, context_tokens=tokens, scale=scale, seed=settings.seed)
+    runner = StepRunner.start(loaded, prompt_tokens=tokens, context_tokens=tokens, scale=scale, seed=settings.seed, runtime=runtime)
     prefill_ms = runner.prefill(tokens)
     steps = _GENERATED_TOKENS - 1
     run = max(2, min(steps, int(settings.budget_s * 250 / step_ms)))

@@ -24,11 +24,12 @@ from fewbit.bench.overhead import linears
 from fewbit.bench.scaling import LayerScale, decoder_blocks
 from fewbit.bench.traffic import linear_bytes
 from fewbit.errors import MeasurementError
+from fewbit.formats.cost import storage_bytes
 from fewbit.models.accounting import resident_bytes
 from fewbit.results import MemoryResult
-from fewbit.runtime.generate import prefill
 from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.load import LoadedModel
+from fewbit.runtime.runner import RuntimeChoice, make_runner
 
 __all__ = ["PeakMeter", "PeakRequest", "measure_peak", "memory_result", "sequences_that_fit"]
 
@@ -48,6 +49,8 @@ class PeakRequest:
         prompt_tokens, decode_steps: what is run after loading; together at most the positions that the model has.
         device: where it runs.
         threads: torch threads.
+        compute, lm_head: as in `runtime.config.QuantizationConfig`, the head by its name.
+        runtime: as in `runtime.runner.make_runner`.
     """
 
     scheme: str
@@ -59,6 +62,9 @@ class PeakRequest:
     decode_steps: int = 8
     device: str = "cpu"
     threads: int = 1
+    compute: str = "exact"
+    lm_head: str | None = None
+    runtime: RuntimeChoice = "auto"
 
 
 class PeakMeter:
@@ -184,6 +190,7 @@ def memory_result(
     peak: tuple[int, int] | None = None,
     peak_note: str = "",
     scale: LayerScale | None = None,
+    runtime: RuntimeChoice = "auto",
 ) -> MemoryResult:
     """The memory figures of one variant.
 
@@ -191,7 +198,7 @@ def memory_result(
         loaded: the variant. context: tokens of the sequences that are fitted. budget_bytes: memory that weights and sequences share.
         disk_bytes, disk_note: the checkpoint's weight files, or why there are none. peak, peak_note: (peak, baseline) of
         `PeakMeter.measure`, or why there is none. scale: to the whole stack, when `loaded` is a slice. The scaled peak is the slice's
-        and the resident bytes of the layers that are missing.
+        and the resident bytes of the layers that are missing. runtime: whose cache is measured.
     """
     scale = scale or LayerScale(1, 1)
     factor = scale.layers_total / scale.layers_measured
@@ -199,9 +206,9 @@ def memory_result(
     missing = round(stack.resident_bytes * (factor - 1))
     resident = loaded.resident_weight_bytes + missing
     quantized, quantized_bf16 = _quantized_linears(loaded, scale)
-    cache = loaded.new_cache()
-    with torch.inference_mode():
-        prefill(loaded, torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=loaded.model.device), cache)
+    runner = make_runner(loaded, runtime)
+    cache = runner.new_cache(_PROBE_TOKENS)
+    runner.prefill(torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=loaded.model.device), cache)
     per_token, constant = cache.bytes_per_token() * factor, round(cache.constant_bytes() * factor)
     return MemoryResult(
         resident_weight_bytes=resident,
@@ -232,20 +239,25 @@ class _Stack:
         resident_bytes: their tensors.
         parameters: a quantized linear counts the weights that it stands for.
         quantized_weights: of those, the weights in quantized linears.
+        format_bits: what these take in their formats.
     """
 
     resident_bytes: int
     parameters: int
     quantized_weights: int
+    format_bits: float
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> _Stack:
         blocks = decoder_blocks(loaded.model)[1]
         quant = [module for _, module in linears(blocks) if isinstance(module, QuantLinear)]
+        formats = [(m, spec) for m in quant if (spec := m.quant_method.request.weights) is not None]
         return cls(
             resident_bytes=resident_bytes((*blocks.parameters(), *blocks.buffers())),
             parameters=sum(p.numel() for p in blocks.parameters()) + sum(m.in_features * m.out_features for m in quant),
-            quantized_weights=sum(m.in_features * m.out_features for m in quant if m.quant_method.request.weights is not None),
+            quantized_weights=sum(m.in_features * m.out_features for m, _ in formats),
+            format_bits=8.0
+            * sum(storage_bytes(s, m.out_features, m.in_features, has_g_idx=m.quant_method.request.has_g_idx) for m, s in formats),
         )
 
 
@@ -254,7 +266,7 @@ def _bits_per_parameter(loaded: LoadedModel, stack: _Stack, scale: LayerScale) -
     if not scale.is_scaled:
         return loaded.effective_bits_per_parameter
     kept_bits = loaded.dtype.itemsize * 8 * (stack.parameters - stack.quantized_weights)
-    stack_bits = kept_bits + (loaded.effective_bits_per_weight or 0.0) * stack.quantized_weights
+    stack_bits = kept_bits + stack.format_bits
     bits = scale.scale(loaded.effective_bits_per_parameter * loaded.parameters, stack_bits)
     return bits / scale.scale(loaded.parameters, stack.parameters)
 

@@ -9,6 +9,8 @@
 Timing hooks sit on the outermost module of each class, in a pass of its own, because a hook costs a microsecond or two and would be
 part of every latency otherwise. What the hooks of the projections cost ends up in attention and rest; nothing is counted twice, and the
 classes add up to the step.
+
+The engine counts for itself in every pass. Its classes of projections contain what it fuses with them: norms, bias, activation, residual.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from fewbit.bench.machine import synchronize
 from fewbit.bench.scaling import LayerScale, StackClock
 from fewbit.models.families import OperatorClass, operator_class
 from fewbit.results import OperatorTimes
+from fewbit.runtime.engine import Engine
 
-__all__ = ["measure_operators", "operator_clocks"]
+__all__ = ["engine_operators", "measure_operators", "operator_clocks"]
 
 _CLASSES: tuple[OperatorClass, ...] = ("ffn", "attention_projection", "attention", "lm_head")
 
@@ -59,6 +62,30 @@ def measure_operators(model: nn.Module, step: Callable[[], float], *, steps: int
         attention_ms=attention * factor,
         lm_head_ms=head,
         rest_ms=rest_in_stack * factor + rest_outside,
+    )
+
+
+def engine_operators(engine: Engine, step: Callable[[], float], *, steps: int, scale: LayerScale) -> OperatorTimes:
+    """The same from the engine's own clock.
+
+    Args:
+        engine: which `step` runs.
+        step, steps, scale: as in `measure_operators`.
+    """
+    step()
+    ffn = projections = attention = head = rest = 0.0
+    for _ in range(steps):
+        total, times = step(), engine.times
+        ffn, projections, attention = ffn + times.ffn, projections + times.attention_projections, attention + times.attention
+        head += times.head
+        rest += max(total - times.layers - times.head, 0.0)
+    factor = scale.layers_total / scale.layers_measured / steps
+    return OperatorTimes(
+        ffn_projections_ms=ffn * factor,
+        attention_projections_ms=projections * factor,
+        attention_ms=attention * factor,
+        lm_head_ms=head / steps,
+        rest_ms=rest / steps,
     )
 
 

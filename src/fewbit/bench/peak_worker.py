@@ -22,9 +22,9 @@ from typing import Any, TextIO
 import torch
 
 from fewbit.checkpoints.sources import RandomSource, open_source
-from fewbit.runtime.config import QuantizationConfig
-from fewbit.runtime.generate import decode_step, prefill
+from fewbit.runtime.config import QuantizationConfig, compute_mode, head_format
 from fewbit.runtime.load import load_model
+from fewbit.runtime.runner import make_runner
 
 __all__ = ["answer", "load_and_run", "main"]
 
@@ -39,15 +39,20 @@ def load_and_run(request: dict[str, Any]) -> None:
         source: Any = RandomSource(shapes_config(request["shapes"]), seed=0, num_layers=request["num_layers"])
     else:
         source = open_source(request["model"])
-    config = QuantizationConfig(get_scheme(request["scheme"]), kernel=request["kernel"])
+    config = QuantizationConfig(
+        get_scheme(request["scheme"]),
+        kernel=request["kernel"],
+        compute=compute_mode(request["compute"]),
+        lm_head=head_format(request["lm_head"]),
+    )
     loaded = load_model(source, config, device=request["device"])
-    cache = loaded.new_cache()
+    runner = make_runner(loaded, request["runtime"])
+    cache = runner.new_cache(request["prompt_tokens"] + request["decode_steps"])
     vocabulary = loaded.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(request["prompt_tokens"], device=request["device"]).remainder(vocabulary)[None]
-    with torch.inference_mode():
-        prefill(loaded, ids, cache)
-        for _ in range(request["decode_steps"]):
-            decode_step(loaded, ids[:, -1:], cache)
+    runner.prefill(ids, cache)
+    for _ in range(request["decode_steps"]):
+        runner.decode(ids[:, -1:], cache)
 
 
 def answer(line: str) -> dict[str, Any]:

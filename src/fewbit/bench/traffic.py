@@ -2,8 +2,8 @@
 
 A decode step reads every linear's weight once, lm_head included, and of the embedding table one row, which is not counted. With tied
 embeddings the head's bytes are the table's. An unfused kernel also writes and reads dequantized copies (`Kernel.weight_traffic_bytes`),
-and attention reads the cached keys and values; a quantized cache is dequantized into a copy that is written and read, too. Operations:
-two per weight and token, and four per cached token and head dimension for the scores and their sum.
+and attention reads the cached keys and values; through transformers a quantized cache is dequantized into a copy that is written and
+read, too. Operations: two per weight and token, and four per cached token and head dimension for the scores and their sum.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def linear_bytes(module: nn.Module) -> tuple[int, int]:
     return weight.numel() * weight.element_size(), weight.numel() * weight.element_size()
 
 
-def step_cost(loaded: LoadedModel, scale: LayerScale, *, tokens: int, context: int) -> StepCost:
+def step_cost(loaded: LoadedModel, scale: LayerScale, *, tokens: int, context: int, cache_copies: bool = True) -> StepCost:
     """The cost of passing `tokens` new tokens of one sequence through the model, with `context` tokens cached before them.
 
-    The head computes logits for the last token only, as `runtime.generate` asks it to.
+    The head computes logits for the last token only, as `runtime.generate` asks it to. `cache_copies`: attention reads a dequantized copy
+    of a quantized cache (transformers), not the cache itself (the engine).
     """
     stack_prefix = decoder_blocks(loaded.model)[0] + "."
     model_type = loaded.model.config.model_type
@@ -67,13 +68,13 @@ def step_cost(loaded: LoadedModel, scale: LayerScale, *, tokens: int, context: i
     heads = loaded.config.get_text_config(decoder=True).num_attention_heads
     seen = context * tokens + tokens * (tokens + 1) // 2  # causal: token i of the new ones sees the context and itself with those before it
     operations.add(4 * layers * heads * head_dim * seen, in_stack=True)
-    traffic.add(_cache_bytes_per_token(loaded) * (context + tokens), in_stack=True)
+    traffic.add(_cache_bytes_per_token(loaded, cache_copies) * (context + tokens), in_stack=True)
     return StepCost(weight_bytes=weight.total(), traffic_bytes=traffic.total(), operations=operations.total())
 
 
-def _cache_bytes_per_token(loaded: LoadedModel) -> float:
+def _cache_bytes_per_token(loaded: LoadedModel, copies: bool) -> float:
     stored = kv_scheme_bytes_per_token(loaded.config, loaded.scheme)
-    return stored if loaded.scheme.kv_keys is None else stored + 2 * kv_bytes_per_token(loaded.config, None)
+    return stored if loaded.scheme.kv_keys is None or not copies else stored + 2 * kv_bytes_per_token(loaded.config, None)
 
 
 class _Sum:

@@ -13,6 +13,7 @@ from fewbit.results import BenchResults, LatencyResult, MachineResult, MemoryRes
 __all__ = ["render_bench", "render_machine"]
 
 _LATENCY: tuple[tuple[str, Callable[[LatencyResult], object], Kind], ...] = (
+    ("run by", lambda r: r.runtime, "text"),
     ("prefill, ms", lambda r: r.prefill_ms, "ms"),
     ("prefill over BF16", lambda r: r.prefill_speedup_over_bf16, "ratio"),
     ("prefill bound by", lambda r: r.prefill_bound, "text"),
@@ -85,6 +86,8 @@ def _print_kernels(row: VariantResult, console: Console) -> None:
         console.print(f"{row.variant.label}: {use.kernel} on {use.linears} linears ({use.description})", markup=False, highlight=False)
         for passed in use.passed_over:
             console.print(f"  not {passed.kernel}: {passed.reason}", markup=False, highlight=False)
+    if row.latency is not None and row.latency.runtime_reason:
+        console.print(f"  not the engine: {row.latency.runtime_reason}", markup=False, highlight=False)
     counters = row.latency.counters if row.latency else None
     if counters is not None:
         for name, value in counters.values.items():

@@ -203,6 +203,9 @@ _ALL = (
         "flips", "Flips", "quality/flip_share", "share", "Share of positions whose most likely token is another than BF16's.", "top-1", True
     ),
     Column("verdict", "Verdict", "quality/passed", "verdict", "pass when the change of perplexity is within the threshold, else fail."),
+    Column(
+        "runtime", "Run by", "latency/runtime", "text", "Who ran the passes: fewbit's engine, or transformers with the linears swapped."
+    ),
     Column("kernel", "Kernel", "kernels", "text", "The kernel that ran; fused: no dequantized copy of the weight is written to memory."),
 )
 COLUMNS: Mapping[str, Column] = {column.key: column for column in _ALL}
@@ -226,6 +229,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "overhead",
         "bound",
         "prefill_bound",
+        "runtime",
     ),
     "Quality": ("perplexity", "delta", "kl", "flips", "verdict"),
 }

@@ -27,14 +27,29 @@ __all__ = ["render_results"]
 
 _WIDE: Mapping[str, Sequence[str]] = {
     "": HEADLINE,
-    "in detail": ("disk", "peak", "fits", "prefill", "prefill_bound", "p95", "p99", "n", "generate", "gb_s", "bandwidth", "overhead", "kl"),
+    "in detail": (
+        "disk",
+        "peak",
+        "fits",
+        "prefill",
+        "prefill_bound",
+        "p95",
+        "p99",
+        "n",
+        "generate",
+        "gb_s",
+        "bandwidth",
+        "overhead",
+        "kl",
+        "runtime",
+    ),
 }
 _NARROW: Mapping[str, Sequence[str]] = {
     "memory": ("bits", "weights", "disk", "peak", "kv", "fits"),
     "latency": ("prefill", "p50", "p95", "p99", "generate", "speedup", "n"),
     "bottleneck": ("gb_s", "bandwidth", "overhead", "bound", "prefill_bound"),
     "quality": ("perplexity", "delta", "interval", "kl", "flips", "verdict"),
-    "kernel": ("kernel",),
+    "kernel": ("runtime", "kernel"),
 }
 _COLOURS = {"pass": "green", "fail": "bold red", "bandwidth": "cyan", "compute": "magenta", "overhead": "yellow"}
 _GAP = 2  # blanks between columns
@@ -188,13 +203,17 @@ def _print_passed_over(document: Mapping[str, Any], console: Console) -> None:
     rows: dict[tuple[str, str], list[str]] = {}
     for section in sections(document):
         for variant in section.variants:
+            reason = (variant.get("latency") or {}).get("runtime_reason")
+            if reason:
+                labels = rows.setdefault(("the engine", reason), [])
+                labels += [] if variant["variant"]["label"] in labels else [variant["variant"]["label"]]
             for use in variant["kernels"]:
                 for passed in use["passed_over"]:
                     labels = rows.setdefault((passed["kernel"], passed["reason"]), [])
                     if variant["variant"]["label"] not in labels:
                         labels.append(variant["variant"]["label"])
     _print_list(
-        "Faster kernels that did not run", [f"{', '.join(v)}: {kernel}: {why}" for (kernel, why), v in rows.items()], console, "bold"
+        "What would be faster and did not run", [f"{', '.join(v)}: {kernel}: {why}" for (kernel, why), v in rows.items()], console, "bold"
     )
 
 

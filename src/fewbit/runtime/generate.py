@@ -9,18 +9,17 @@ functions here, and measured separately everywhere.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fewbit.errors import UsageError
-from fewbit.kernels.gemv import single_token
 from fewbit.models.accounting import check_token_ids
-from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.load import LoadedModel
+from fewbit.runtime.runner import EngineRunner, RuntimeChoice, make_runner
 
-__all__ = ["GenerateResult", "decode_step", "generate", "prefill"]
+__all__ = ["GenerateResult", "generate", "generate_batch"]
 
 
 @dataclass(frozen=True)
@@ -30,45 +29,16 @@ class GenerateResult:
     Attributes:
         tokens: the new token ids, the end token included if one came.
         prefill_ms: the pass over the prompt and the choice of the first token.
-        step_ms: one entry per decode step, choice of the token included; one fewer than tokens.
+        step_ms: one entry per decode step, choice of the token included; one fewer than tokens. In a batch a step is every sequence's.
+        runtime: `engine` or `transformers`.
+        runtime_reason: why the engine did not run the model; empty when it did.
     """
 
     tokens: list[int]
     prefill_ms: float
     step_ms: list[float]
-
-
-@torch.inference_mode()
-def prefill(loaded: LoadedModel, input_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Run the prompt and fill the cache.
-
-    Args:
-        input_ids: int64 [batch, n].
-
-    Returns:
-        Logits after the last token, [batch, vocabulary], in the model's dtype.
-    """
-    # An index, not `1`: the slice that transformers takes for a number is not contiguous, and torch then copies the whole head for one row.
-    last = torch.tensor([input_ids.shape[1] - 1], device=loaded.model.device)
-    output = loaded.model(input_ids=input_ids.to(loaded.model.device), past_key_values=cache, use_cache=True, logits_to_keep=last)
-    logits: torch.Tensor = output.logits[:, -1]
-    return logits
-
-
-@torch.inference_mode()
-def decode_step(loaded: LoadedModel, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Run one token of each sequence.
-
-    Args:
-        token: int64 [batch, 1].
-
-    Returns:
-        Logits, [batch, vocabulary], in the model's dtype.
-    """
-    with single_token(token.shape[0], loaded.model.device):
-        output = loaded.model(input_ids=token.to(loaded.model.device), past_key_values=cache, use_cache=True)
-    logits: torch.Tensor = output.logits[:, -1]
-    return logits
+    runtime: str = "transformers"
+    runtime_reason: str = ""
 
 
 def generate(
@@ -80,6 +50,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
+    runtime: RuntimeChoice = "auto",
 ) -> GenerateResult:
     """Continue one sequence until an end token or `max_new_tokens`.
 
@@ -89,28 +60,91 @@ def generate(
         top_p: draw only among the most likely tokens that together have this probability (nucleus sampling, arXiv 1904.09751).
         seed: of the draws; the same seed gives the same tokens.
         on_token: called with each new token as soon as it is known.
+        runtime: see `runner.make_runner`.
 
     Raises:
         UsageError: an empty prompt, arguments out of range, or more tokens than the model has positions for.
         ModelError: tokens that the model does not have.
+        KernelError: the engine was asked for and cannot run the model.
     """
     _check(input_ids, max_new_tokens, temperature, top_p)
     check_token_ids(int(input_ids.max()), loaded.config)
     _check_room(loaded, input_ids.shape[1], max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     ends = _end_tokens(loaded)
-    cache = loaded.new_cache()
+    runner = make_runner(loaded, runtime)
+    cache = runner.new_cache(input_ids.shape[1] + max_new_tokens)
     tokens: list[int] = []
     times: list[float] = []
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
         started = time.perf_counter()
-        logits = decode_step(loaded, torch.tensor([[tokens[-1]]]), cache) if tokens else prefill(loaded, input_ids, cache)
+        logits = runner.decode(torch.tensor([[tokens[-1]]]), cache) if tokens else runner.prefill(input_ids, cache)
         token = _choose(logits[0], temperature, top_p, generator)
         times.append((time.perf_counter() - started) * 1e3)
         tokens.append(token)
         if on_token is not None:
             on_token(token)
-    return GenerateResult(tokens, times[0], times[1:])
+    return GenerateResult(tokens, times[0], times[1:], runner.path, runner.reason)
+
+
+def generate_batch(
+    loaded: LoadedModel,
+    prompts: Sequence[torch.Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[GenerateResult]:
+    """Continue several sequences side by side on the engine: a step reads the weights once for all of them.
+
+    The prompts may differ in length. Each sequence ends by itself and its place stays idle until the last has ended. Draws of sequence i
+    follow the seed `seed + i`, whoever else is in the batch.
+
+    Args:
+        prompts: int64 [1, n] each.
+        on_token: called with (sequence, token).
+        max_new_tokens, temperature, top_p, seed: as in `generate`.
+
+    Raises:
+        UsageError, ModelError: as `generate`, or no prompt.
+        KernelError: the engine cannot run the model. (transformers would need padding, which changes what is computed: run `generate` for
+            each prompt instead.)
+    """
+    if not prompts:
+        raise UsageError("a batch without prompts", "pass at least one")
+    for prompt in prompts:
+        _check(prompt, max_new_tokens, temperature, top_p)
+        check_token_ids(int(prompt.max()), loaded.config)
+        _check_room(loaded, prompt.shape[1], max_new_tokens)
+    runner = make_runner(loaded, "engine")
+    assert isinstance(runner, EngineRunner)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+    ends, cache = _end_tokens(loaded), runner.new_cache(max(prompt.shape[1] for prompt in prompts) + max_new_tokens, len(prompts))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    prefills: list[float] = []
+
+    def take(sequence: int, logits: torch.Tensor) -> None:
+        token = _choose(logits, temperature, top_p, generators[sequence])
+        tokens[sequence].append(token)
+        if on_token is not None:
+            on_token(sequence, token)
+
+    for sequence, prompt in enumerate(prompts):
+        started = time.perf_counter()
+        take(sequence, runner.engine.prefill(prompt[0], cache, sequence))
+        prefills.append((time.perf_counter() - started) * 1e3)
+    steps: list[list[float]] = [[] for _ in prompts]
+    while going := [s for s, own in enumerate(tokens) if len(own) < max_new_tokens and own[-1] not in ends]:
+        started = time.perf_counter()
+        logits = runner.decode(torch.tensor([[own[-1]] for own in tokens]), cache)
+        for sequence in going:
+            take(sequence, logits[sequence])
+        elapsed = (time.perf_counter() - started) * 1e3
+        for sequence in going:
+            steps[sequence].append(elapsed)
+    return [GenerateResult(own, first, later, runner.path) for own, first, later in zip(tokens, prefills, steps, strict=True)]
 
 
 def _check(input_ids: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:

@@ -199,7 +199,7 @@ def _swap_linears(
             continue
         if config.is_ignored(name) or (is_router(name) and name not in source.quantized_linears):
             continue
-        if as_stored and name not in source.quantized_linears:
+        if as_stored and name not in source.quantized_linears and not config.is_head(name):
             continue  # the checkpoint keeps it in high precision
         method = config.get_quant_method(linear, name)
         assert method is not None
@@ -214,6 +214,8 @@ def _swap_linears(
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
         swapped[name] = layer
+    if config.lm_head is not None and not any(config.is_head(name) for name in swapped):
+        raise UnsupportedModelError(f"{type(model).__name__} has no linear called lm_head", "leave the format of the output head out")
     if not swapped and config.scheme.weights is not None:
         kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, Conv1D)})
         what = f"; its linears are {', '.join(kinds)}" if kinds else ""

@@ -18,7 +18,7 @@ from fewbit.results import BenchResults, MachineResult
 from fewbit.runtime.load import check_fits
 from fewbit.workflows.environment import environment
 from fewbit.workflows.section import ProgressCallback, Section, SectionSettings, Steps, Subject
-from fewbit.workflows.variants import BASELINE, Variant
+from fewbit.workflows.variants import BASELINE, Variant, with_options
 
 __all__ = ["bench", "bench_machine"]
 
@@ -34,6 +34,8 @@ def bench(
     shapes: str | None = None,
     scheme: str = "W4A16",
     kernel: str | None = None,
+    compute: str = "exact",
+    lm_head: str | None = None,
     settings: SectionSettings | None = None,
     seed: int = 0,
     progress: ProgressCallback | None = None,
@@ -45,6 +47,7 @@ def bench(
         shapes: random weights in these real shapes instead of a model; a slice of the layers runs and is scaled to the whole stack.
         scheme: a preset of `formats.spec.SCHEMES`.
         kernel: a kernel's name, or `unfused`; the fastest when None.
+        compute, lm_head: see `variants.with_options`.
         settings: how much is measured.
         seed: of random weights and random tokens.
         progress: called with (steps done, steps in all, what is next).
@@ -55,7 +58,7 @@ def bench(
     """
     if model is not None and shapes is not None:
         raise UsageError(f"both a model ('{model}') and --shapes {shapes} were given", "give one of them")
-    variant = Variant(scheme.lower(), scheme.upper(), get_scheme(scheme), kernel)
+    variant = with_options(Variant(scheme.lower(), scheme.upper(), get_scheme(scheme), kernel), compute=compute, lm_head=lm_head)
     variants = [BASELINE] if variant.scheme == BASELINE.scheme else [BASELINE, variant]
     steps = Steps(progress, total=1 + 2 * len(variants))
     subject = Subject(model=model, shapes=shapes, seed=seed)

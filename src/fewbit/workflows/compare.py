@@ -33,7 +33,7 @@ from fewbit.runtime.load import check_fits
 from fewbit.workflows.environment import environment
 from fewbit.workflows.report import build_report
 from fewbit.workflows.section import ProgressCallback, Section, SectionSettings, Steps, Subject
-from fewbit.workflows.variants import BASELINE, Variant, parse_variants
+from fewbit.workflows.variants import BASELINE, Variant, parse_variants, with_options
 
 __all__ = ["CompareSettings", "compare"]
 
@@ -57,6 +57,8 @@ def compare(
     model: str | Path | None = None,
     *,
     variants: str | Sequence[Variant] | None = None,
+    compute: str = "exact",
+    lm_head: str | None = None,
     texts: Sequence[Path] = (),
     corpus: str | None = None,
     protocol: str | None = None,
@@ -71,6 +73,7 @@ def compare(
     Args:
         model: a local Hugging Face directory or a hub id; the bundled reference model when None.
         variants: comma-separated names, or rows of `workflows.variants`; the default rows when None. BF16 is always measured.
+        compute, lm_head: of the rows with quantized weights, see `variants.with_options`.
         texts: files to measure quality on, in place of `corpus`.
         corpus: `stdlib` (default), `wikitext2` or `wikitext2:FILE`.
         protocol: `stdlib`, `standard-2048` or `lab-512`; the corpus's own when None.
@@ -90,6 +93,7 @@ def compare(
     """
     settings = settings or CompareSettings()
     rows = parse_variants(variants) if variants is None or isinstance(variants, str) else tuple(variants)
+    rows = tuple(with_options(row, compute=compute, lm_head=lm_head) for row in rows)
     if not rows or rows[0].name != BASELINE.name:
         raise UsageError("the first variant of a comparison is the BF16 baseline", "put BASELINE first")
     started, started_at, load = time.time(), datetime.now(UTC).isoformat(timespec="seconds"), _OtherLoad()

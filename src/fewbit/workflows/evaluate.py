@@ -20,7 +20,7 @@ from fewbit.evaluate.protocols import make_windows
 from fewbit.evaluate.quality import Progress, Reference, bits_per_byte, evaluate_quality, noise_floor, perplexity
 from fewbit.formats.spec import Scheme, get_scheme
 from fewbit.results import EvaluateResults, NoiseFloor, QualityResult
-from fewbit.runtime.config import QuantizationConfig
+from fewbit.runtime.config import QuantizationConfig, compute_mode, head_format
 from fewbit.runtime.load import check_fits, load_model
 
 __all__ = ["evaluate"]
@@ -32,6 +32,8 @@ def evaluate(
     model: str | Path | None = None,
     *,
     scheme: str | None = None,
+    compute: str = "exact",
+    lm_head: str | None = None,
     against: str | Path | None = None,
     corpus: str | None = None,
     texts: Sequence[Path] = (),
@@ -47,6 +49,8 @@ def evaluate(
         model: a local Hugging Face directory or a hub id; the bundled reference model when None.
         scheme: a preset of `formats.spec.SCHEMES`, whose weights are rounded to nearest (RTN) while loading; when None, the scheme that the
             checkpoint is stored in.
+        compute: `exact`, or `int8-activations`: kernels may quantize their inputs to INT8 on the fly.
+        lm_head: format of the output head, a name of `runtime.config.HEAD_FORMATS`; with `scheme="BF16"` the figures are the head's alone.
         against: the high-precision model to compare with, a directory or a hub id; when None, `model` itself in BF16 where `scheme`
             quantizes it, and nothing where it is BF16 or quantized already.
         corpus: `stdlib` (default), `wikitext2` or `wikitext2:FILE`.
@@ -65,23 +69,24 @@ def evaluate(
     text = load_corpus(corpus, texts)
     source = open_source(model)
     chosen = named or source.scheme or get_scheme("BF16")
-    check_fits(source, QuantizationConfig(chosen))
+    config = QuantizationConfig(chosen, compute=compute_mode(compute), lm_head=head_format(lm_head))
+    check_fits(source, config)
     windows = make_windows(protocol, text, source.tokenizer(), source.config, seed=seed, max_tokens=max_tokens)
 
     def telling(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(done, total, what)
 
-    original = open_source(against) if against is not None else source if source.scheme is None and _quantizes(chosen) else None
+    original = open_source(against) if against is not None else source if source.scheme is None and _quantizes(config) else None
     quality: QualityResult | None = None
     floor: NoiseFloor | None = None
     if original is not None:
         reference = Reference(load_model(original, QuantizationConfig(get_scheme("BF16"))), windows, progress=telling("BF16"))
         floor = noise_floor(reference, progress=telling("noise floor"))
-        loaded = load_model(source, QuantizationConfig(chosen))
+        loaded = load_model(source, config)
         quality = evaluate_quality(reference, loaded, threshold_percent=threshold, progress=telling(chosen.name))
         own = quality.perplexity
     else:
-        loaded = load_model(source, QuantizationConfig(chosen))
+        loaded = load_model(source, config)
         own = perplexity(loaded, windows, progress=telling(chosen.name))
     return EvaluateResults(
         model=source.describe(),
@@ -97,8 +102,8 @@ def evaluate(
     )
 
 
-def _quantizes(scheme: Scheme) -> bool:
-    return scheme.weights is not None or scheme.kv_keys is not None
+def _quantizes(config: QuantizationConfig) -> bool:
+    return config.quantizes or config.scheme.kv_keys is not None
 
 
 def _method(source: TensorSource, scheme: Scheme) -> str:

@@ -9,13 +9,15 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from fewbit.bench.percentiles import percentile
 from fewbit.checkpoints.sources import open_source
 from fewbit.errors import UsageError
 from fewbit.formats.spec import get_scheme
 from fewbit.results import KernelUse
-from fewbit.runtime.config import QuantizationConfig
+from fewbit.runtime.config import QuantizationConfig, compute_mode, head_format
 from fewbit.runtime.generate import generate
 from fewbit.runtime.load import load_model
+from fewbit.runtime.runner import RuntimeChoice
 
 __all__ = ["GenerateResult", "generate_text"]
 
@@ -27,6 +29,11 @@ class GenerateResult:
     Attributes:
         prompt_tokens, new_tokens: lengths in tokens.
         decode_ms_p50: median time of one decode step; None when only one token was made.
+        decode_ms_p95: 95th percentile of the steps; None when only one token was made.
+        runtime: who ran the passes, `engine` or `transformers`.
+        runtime_reason: why not the engine; empty when it did.
+        compute: `exact` or `int8-activations`, as it was asked for.
+        lm_head: format of the output head.
     """
 
     model: str
@@ -38,14 +45,20 @@ class GenerateResult:
     prefill_ms: float
     decode_ms_p50: float | None
     kernels: list[KernelUse]
+    decode_ms_p95: float | None = None
+    runtime: str = "transformers"
+    runtime_reason: str = ""
+    compute: str = "exact"
+    lm_head: str = "BF16"
 
     def summary(self) -> str:
-        """One line for a person: times, kernels and how many faster kernels were passed over."""
+        """For a person: times, who ran the passes, kernels, and why no faster ones."""
         step = f", {self.decode_ms_p50:.2f} ms per token" if self.decode_ms_p50 is not None else ""
         kernels = ", ".join(f"{use.kernel} x{use.linears}" for use in self.kernels)
         passed = sorted({f"{p.kernel}: {p.reason}" for use in self.kernels for p in use.passed_over})
         reasons = f"\npassed over: {'; '.join(passed)}" if passed else ""
-        return f"{self.scheme}: prefill of {self.prompt_tokens} tokens {self.prefill_ms:.1f} ms{step}; kernels: {kernels}{reasons}"
+        path = f"; {self.runtime}" + (f" ({self.runtime_reason})" if self.runtime_reason else "")
+        return f"{self.scheme}: prefill of {self.prompt_tokens} tokens {self.prefill_ms:.1f} ms{step}{path}; kernels: {kernels}{reasons}"
 
 
 def generate_text(
@@ -59,6 +72,9 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     strict: bool = False,
+    compute: str = "exact",
+    lm_head: str | None = None,
+    runtime: RuntimeChoice = "auto",
     on_text: Callable[[str], None] | None = None,
 ) -> GenerateResult:
     """Continue `prompt`.
@@ -68,6 +84,9 @@ def generate_text(
         scheme: a preset of `formats.spec.SCHEMES`; when None, the scheme that the checkpoint is stored in.
         kernel, strict: as in `runtime.config.QuantizationConfig`.
         temperature: 0 takes the most likely token.
+        compute: `exact`, or `int8-activations`: kernels may quantize their inputs to INT8 on the fly.
+        lm_head: format of the output head, a name of `runtime.config.HEAD_FORMATS`; as the scheme has it when None.
+        runtime: who runs the passes, see `runtime.runner.make_runner`.
         on_text: called with each new piece of text as soon as it is whole.
 
     Raises:
@@ -78,7 +97,9 @@ def generate_text(
         raise UsageError("the prompt is empty", "pass some text with --prompt")
     source = open_source(model)
     chosen = get_scheme(scheme or "BF16") if scheme or source.scheme is None else source.scheme
-    loaded = load_model(source, QuantizationConfig(chosen, kernel=kernel, strict=strict))
+    head = head_format(lm_head)
+    config = QuantizationConfig(chosen, kernel=kernel, strict=strict, compute=compute_mode(compute), lm_head=head)
+    loaded = load_model(source, config)
     tokenizer = loaded.tokenizer
     input_ids = tokenizer(prompt, return_tensors="pt").input_ids
     shown: list[int] = []
@@ -95,7 +116,9 @@ def generate_text(
 
     if on_text is not None:
         on_text(prompt)
-    result = generate(loaded, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, on_token=on_token)
+    result = generate(
+        loaded, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, on_token=on_token, runtime=runtime
+    )
     return GenerateResult(
         model=loaded.source.describe(),
         scheme=loaded.scheme.name,
@@ -106,4 +129,9 @@ def generate_text(
         prefill_ms=result.prefill_ms,
         decode_ms_p50=statistics.median(result.step_ms) if result.step_ms else None,
         kernels=list(loaded.kernel_uses),
+        decode_ms_p95=percentile(result.step_ms, 95) if result.step_ms else None,
+        runtime=result.runtime,
+        runtime_reason=result.runtime_reason,
+        compute=compute,
+        lm_head="BF16" if head is None else str(head),
     )

@@ -23,6 +23,7 @@ from fewbit.models.accounting import parameter_count
 from fewbit.models.shapes import shapes_config
 from fewbit.results import MachineResult, MemoryResult, ModelInfo, VariantResult
 from fewbit.runtime.load import LoadedModel, load_model
+from fewbit.runtime.runner import RuntimeChoice
 from fewbit.workflows.variants import BASELINE, Variant
 
 __all__ = ["ProgressCallback", "Section", "SectionSettings", "Steps", "Subject"]
@@ -100,6 +101,7 @@ class SectionSettings:
         kv_context_tokens: length of those sequences; cut to the model's own maximum.
         peak: measure peak memory in a fresh process per variant.
         strict: an error when a slower kernel would run in place of a fused one.
+        runtime: who runs the passes that are timed, see `runtime.runner.make_runner`.
     """
 
     latency: LatencySettings = field(default_factory=LatencySettings)
@@ -108,6 +110,7 @@ class SectionSettings:
     kv_context_tokens: int = 4096
     peak: bool = True
     strict: bool = False
+    runtime: RuntimeChoice = "auto"
 
 
 class Section:
@@ -153,7 +156,9 @@ class Section:
         """
         self._steps.next(f"{variant.label}: latency")
         loaded = self._load(variant)
-        latency = measure_latency(self.baseline, loaded, self._machine, settings=self._latency, scale=self._scale)
+        latency = measure_latency(
+            self.baseline, loaded, self._machine, settings=self._latency, scale=self._scale, runtime=self._settings.runtime
+        )
         quality = None
         if reference is not None:
             self._steps.next(f"{variant.label}: quality")
@@ -177,6 +182,9 @@ class Section:
             kernel=variant.kernel,
             prompt_tokens=max(1, min(PeakRequest.prompt_tokens, self._positions - PeakRequest.decode_steps)),
             threads=torch.get_num_threads(),
+            compute=variant.compute,
+            lm_head=variant.lm_head,
+            runtime=self._settings.runtime,
         )
         memory = memory_result(
             loaded,
@@ -185,6 +193,7 @@ class Section:
             peak=self._meter.measure(request) if self._settings.peak else None,
             peak_note="" if self._settings.peak else "not measured in this run",
             scale=self._scale,
+            runtime=self._settings.runtime,
         )
         unsupported = supports(variant.scheme) if variant.changes_linears else None
         layout = f"packed densely; no layout yet: {unsupported}" if unsupported else "tensor bytes in compressed-tensors"

@@ -7,14 +7,15 @@ name (`W3A16`, `mxfp4`, ...), on the fastest kernel there is for it, or on the u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewbit.errors import UsageError
 from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
+from fewbit.kernels.base import Compute
 from fewbit.results import VariantInfo
-from fewbit.runtime.config import QuantizationConfig
+from fewbit.runtime.config import QuantizationConfig, compute_mode, head_format
 
-__all__ = ["BASELINE", "DEFAULT_VARIANTS", "VARIANTS", "Variant", "parse_variants"]
+__all__ = ["BASELINE", "DEFAULT_VARIANTS", "VARIANTS", "Variant", "parse_variants", "with_options"]
 
 UNFUSED = "unfused"
 _METHOD = "rtn"
@@ -29,21 +30,25 @@ class Variant:
         label: what a person reads.
         scheme: the number formats.
         kernel: None for the fastest, `unfused`, or a kernel's name.
+        compute: what the kernels may do with the inputs, see `KernelRequest`.
+        lm_head: name of the output head's format (`runtime.config.HEAD_FORMATS`); None for high precision.
     """
 
     name: str
     label: str
     scheme: Scheme
     kernel: str | None = None
+    compute: Compute = "exact"
+    lm_head: str | None = None
 
     @property
     def changes_linears(self) -> bool:
         """Whether the linears run another kernel than in BF16; KV-cache variants keep them as they are."""
-        return self.scheme.weights is not None
+        return self.scheme.weights is not None or self.lm_head is not None
 
     def quantization(self, *, strict: bool = False) -> QuantizationConfig:
         """How a model is loaded for this row."""
-        return QuantizationConfig(self.scheme, kernel=self.kernel, strict=strict)
+        return QuantizationConfig(self.scheme, kernel=self.kernel, strict=strict, compute=self.compute, lm_head=head_format(self.lm_head))
 
     def info(self) -> VariantInfo:
         """The row's description as it stands in a results file."""
@@ -59,6 +64,8 @@ class Variant:
             kv_cache=_describe(cache) + window,
             method=_METHOD if scheme.weights else "none",
             bits_nominal=float(scheme.weights.num_bits) if scheme.weights else 16.0,
+            compute=self.compute,
+            lm_head="BF16" if self.lm_head is None else _describe(head_format(self.lm_head)),
         )
 
 
@@ -84,6 +91,23 @@ DEFAULT_VARIANTS: tuple[Variant, ...] = (
     _variant("kv-int4", "KV cache INT4", "KV-INT4"),
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in DEFAULT_VARIANTS}
+
+
+def with_options(variant: Variant, *, compute: str = "exact", lm_head: str | None = None) -> Variant:
+    """The same row in another compute mode and with another output head; rows whose weights stay in BF16 keep both as they are.
+
+    Args:
+        compute: `exact` or `int8-activations`.
+        lm_head: a name of `runtime.config.HEAD_FORMATS`, `bf16` or None.
+
+    Raises:
+        UsageError: no such mode or format.
+    """
+    mode, head = compute_mode(compute), None if head_format(lm_head) is None else str(lm_head).lower()
+    if variant.scheme.weights is None or (mode == "exact" and head is None):
+        return variant
+    additions = [*(["INT8 activations"] if mode != "exact" else []), *([f"{head.upper()} head"] if head else [])]
+    return replace(variant, label=", ".join([variant.label, *additions]), compute=mode, lm_head=head)
 
 
 def _by_scheme_name(name: str) -> Variant | None:
