@@ -21,6 +21,7 @@ from fewbit.bench.traffic import step_cost
 from fewbit.checkpoints.sources import DirectorySource
 from fewbit.errors import MeasurementError
 from fewbit.formats.spec import get_scheme
+from fewbit.kernels.cpu.extension import missing_native
 from fewbit.results import LatencyResult
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.load import LoadedModel, load_model
@@ -83,10 +84,22 @@ def test_the_baseline_against_itself_is_1_with_its_noise(bf16: LoadedModel) -> N
 
 def test_a_kv_variant_shares_the_model(bf16: LoadedModel) -> None:
     variant = dataclasses.replace(bf16, scheme=get_scheme("KV-INT8"))
-    result = measure_latency(bf16, variant, MACHINE, settings=SETTINGS)
+    result = measure_latency(bf16, variant, MACHINE, settings=SETTINGS, runtime="transformers")
+    assert result.runtime == "transformers" and result.runtime_reason
     plain = step_cost(bf16, WHOLE, tokens=1, context=24)
     assert result.weight_bytes_per_step == plain.weight_bytes
     assert result.traffic_bytes_per_step > plain.traffic_bytes  # less is stored, but a dequantized copy is written and read
+    direct = step_cost(variant, WHOLE, tokens=1, context=24, cache_copies=False)
+    assert direct.traffic_bytes < plain.traffic_bytes  # the engine reads what is stored
+
+
+@pytest.mark.skipif(missing_native() is not None, reason=str(missing_native()))
+def test_the_engine_is_measured_by_its_own_clock(bf16: LoadedModel) -> None:
+    result = measure_latency(bf16, bf16, MACHINE, settings=SETTINGS, scale=LayerScale(2, 20), runtime="engine")
+    assert (result.runtime, result.runtime_reason, result.scaled) == ("engine", "", True)
+    assert 0 < result.overhead_share < 1
+    classes = result.operators
+    assert min(classes.ffn_projections_ms, classes.attention_projections_ms, classes.attention_ms, classes.lm_head_ms) > 0
 
 
 def test_bytes_and_operations(bf16: LoadedModel, int4: LoadedModel) -> None:

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 
 from fewbit.checkpoints.sources import open_source
 from fewbit.formats.spec import get_scheme
-from fewbit.kernels.base import KernelRequest
-from fewbit.kernels.cpu.extension import missing_native, native
-from fewbit.kernels.dense import DenseKernel
+from fewbit.kernels.cpu.extension import missing_native
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.engine import Engine, engine_refusal
 from fewbit.runtime.load import load_model
 from fewbit.runtime.runner import decode_step, prefill
 
-if TYPE_CHECKING:
-    from fewbit._native import Linear
-
 pytestmark = pytest.mark.skipif(missing_native() is not None, reason=str(missing_native()))
-
-
-@pytest.fixture
-def dense(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Weights in high precision run on the plain float32 Linear."""
-    kept: list[torch.Tensor] = []
-
-    def plain(self: DenseKernel, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> Linear:
-        kept.append(packed["weight"].float().contiguous())
-        return native.reference_linear(kept[-1])
-
-    monkeypatch.setattr(DenseKernel, "native", plain)
-    yield
 
 
 # Logits here reach about 10. INT8 and FP8 codes near a boundary fall either way when the sums before them differ in the last bit.
 @pytest.mark.parametrize(("scheme", "tolerance"), [("BF16", 1e-4), ("KV-INT8", 0.1), ("KV-FP8", 0.2), ("KV-INT4", 0.2)])
-@pytest.mark.usefixtures("dense")
 def test_it_computes_what_transformers_computes(scheme: str, tolerance: float) -> None:
     loaded = load_model(open_source(None), QuantizationConfig(get_scheme(scheme)), dtype=torch.float32)
     engine, theirs = Engine(loaded), loaded.new_cache()

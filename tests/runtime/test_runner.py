@@ -10,7 +10,7 @@ import torch
 from transformers import MistralConfig
 
 from fewbit.checkpoints.sources import DirectorySource, open_source
-from fewbit.errors import KernelError, UnsupportedModelError, UsageError
+from fewbit.errors import KernelError, UsageError
 from fewbit.formats.spec import get_scheme
 from fewbit.kernels.cpu.extension import missing_native
 from fewbit.runtime.config import QuantizationConfig, compute_mode, head_format
@@ -135,8 +135,3 @@ def test_the_head_gets_a_format_of_its_own(name: str, zoo_dir: Callable[[str], P
     expected = plain.model.get_submodule("lm_head")(x).float()
     assert ((head(x).float() - expected).norm() / expected.norm()).item() < 0.02
     assert loaded.model.get_input_embeddings().weight.dtype == torch.bfloat16
-
-
-def test_a_head_that_the_model_does_not_have(zoo_dir: Callable[[str], Path]) -> None:
-    with pytest.raises(UnsupportedModelError, match="no linear called lm_head"):
-        load_model(DirectorySource(zoo_dir("gpt_neox")), QuantizationConfig(get_scheme("W8A16"), lm_head=head_format("int8")))
