@@ -613,6 +613,73 @@ def _numbers(text: str | None, option: str) -> list[int]:
         raise UsageError(f"{option} '{text}' is no list of whole numbers", "write for example 1,8,32") from error
 
 
+@app.command(epilog=_example("fewbit decide qwen2.5-7b --hardware jetson-agx-orin-64gb --workload edge --batch 16"))
+def decide(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Directories, config.json files, hub ids, published shapes, or counts such as 7e9."),
+    ],
+    *,
+    hardware: Annotated[list[str], typer.Option(metavar="NAME", help="A device, e.g. h100-sxm or jetson-agx-orin-64gb; may be repeated.")],
+    hardware_file: HardwareFileOption = None,
+    workload: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="chat, single-stream, batch, prefill-heavy, edge, long-context, or a TOML file."),
+    ] = "chat",
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences at once, in place of the workload's.")] = None,
+    prompt: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens of each prompt, in place of the workload's.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens of each answer, in place of the workload's.")] = None,
+    max_latency: Annotated[float | None, typer.Option(metavar="MS", help="Longest time per output token.")] = None,
+    max_ttft: Annotated[float | None, typer.Option(metavar="MS", help="Longest time to the first token of a prompt.")] = None,
+    max_quality_loss: Annotated[
+        float | None, typer.Option(metavar="PERCENT", help="Largest increase of perplexity over BF16; 5 if left out.")
+    ] = None,
+    quality: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Results of fewbit compare on this model, in place of priors.")
+    ] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Measured perplexities, e.g. 'bf16=12.4,int8=12.48,nf4=13.39'.")
+    ] = None,
+    price: Annotated[
+        list[str] | None, typer.Option(metavar="PRICE", help="Per hour, 2.5 or h100-sxm=2.5, for the cost of tokens; may be repeated.")
+    ] = None,
+    layers: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: layers of the KV cache.", min=0)] = 0,
+    kv_heads: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: heads of keys and values.", min=0)] = 0,
+    head_dim: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: width of a head.", min=0)] = 0,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every candidate of every cell here.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every candidate, those that do not fit, too.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Choose what to deploy: weights and KV cache for each model and device, the reason, the rejected ones, what to measure next."""
+    from fewbit.report.decide_table import decide_csv, render_decide
+    from fewbit.workflows.decide import decide_deployment, parse_prices
+
+    result = decide_deployment(
+        models,
+        hardware,
+        workload=workload,
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        max_ms_per_token=max_latency,
+        max_ttft_ms=max_ttft,
+        max_quality_loss=max_quality_loss,
+        quality=quality,
+        perplexity=perplexity,
+        prices=parse_prices(price or ()),
+        hardware_file=hardware_file,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        command=" ".join(["fewbit", *sys.argv[1:]]),
+    )
+    if csv is not None:
+        from fewbit.report.files import write_text
+
+        write_text(csv, decide_csv(result))
+    _print_json(result) if json else render_decide(result, _console(), verbose=verbose)
+
+
 @app.command(epilog=_example("fewbit generate --prompt 'def fibonacci(n):' --scheme W8A16"))
 def generate(
     model: ModelArgument = None,

@@ -32,8 +32,14 @@ def produce_command(model: str, scheme: Scheme, serving: Serving, option: str = 
         command = "none: serve the model as it is"
     elif scheme.weights.type == "nf":
         command = f"none: {serving.runtime} rounds to NF4 when it loads the model"
+    elif serving.make:
+        command = serving.make.format(model=model, out=_out(model, scheme))
     else:
         layout = "" if serving.layout == "compressed-tensors" else f" --format {serving.layout}"
-        out = f"{model.rstrip('/').rpartition('/')[2] or 'model'}-{scheme.name.lower()}"
+        out = _out(model, scheme)
         command = f"fewbit quantize {model} --scheme {scheme.name} --method {usual_method(scheme)}{layout} --out {out}"
     return f"{command}; serve with {option}" if option else command
+
+
+def _out(model: str, scheme: Scheme) -> str:
+    return f"{model.rstrip('/').rpartition('/')[2] or 'model'}-{scheme.name.lower()}"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from fewbit.formats.spec import Scheme
 from fewbit.predict.hardware import Hardware
 
-__all__ = ["Serving", "cache_option", "format_class", "serving_of"]
+__all__ = ["Serving", "cache_option", "format_class", "serving_of", "serving_with_cache"]
 
 Path = Literal["native", "fused", "unfused", "dense"]
 
@@ -28,6 +28,7 @@ class Serving:
     Attributes:
         runtime, kernel: names. path: see `kernels.toml`. layout: of the checkpoint. source: where the support is documented.
         fallback: what runs where the kernel cannot; with its price.
+        make: the command of the runtime's own tool that makes the checkpoint, with {model} and {out}; empty where fewbit makes it.
     """
 
     runtime: str
@@ -36,6 +37,7 @@ class Serving:
     layout: str
     source: str
     fallback: str
+    make: str = ""
 
 
 def format_class(scheme: Scheme) -> str:
@@ -53,6 +55,33 @@ def format_class(scheme: Scheme) -> str:
     if spec.type == "float":
         return "fp8-weights" if inputs is None else "fp8"
     return f"w{spec.num_bits}a16" if inputs is None else f"w{spec.num_bits}a{inputs.num_bits}"
+
+
+def _weight_rows(name: str, hardware: Hardware) -> list[dict[str, Any]]:
+    """Rows that run a class of formats on a device, the fastest first; native ones only where its matrix units multiply the format."""
+    needs = {"fp8": "fp8", "w8a8": "int8", "nvfp4": "fp4", "mxfp4": "fp4"}.get(name)
+    rows = [row for row in _table()["weights"] if _fits(row, name, hardware)]
+    return [row for row in rows if row["path"] != "native" or needs is None or hardware.multiplies(needs)]
+
+
+def serving_with_cache(scheme: Scheme, cached: Scheme | None, hardware: Hardware) -> tuple[Serving, str] | None:
+    """What runs a scheme's linears beside a cache in another scheme's format, and the option that switches that on.
+
+    One runtime must have both, so that with a quantized cache it may be another one than without. None: no such runtime is known.
+    """
+    if cached is None or cached.kv_keys is None:
+        return serving_of(scheme, hardware), ""
+    cache_rows = [row for row in _table()["cache"] if _fits(row, _cache_class(cached), hardware)]
+    for row in _weight_rows(format_class(scheme), hardware):
+        option = next((one["option"] for one in cache_rows if one["runtime"] == row["runtime"]), None)
+        if option is not None:
+            return Serving(row["runtime"], row["kernel"], row["path"], row["layout"], row["source"], ""), option
+    return None
+
+
+def _cache_class(scheme: Scheme) -> str:
+    assert scheme.kv_keys is not None
+    return f"kv-{scheme.kv_keys.type if scheme.kv_keys.type == 'int' else 'fp'}{scheme.kv_keys.num_bits}"
 
 
 @cache
@@ -75,15 +104,13 @@ def serving_of(scheme: Scheme, hardware: Hardware) -> Serving:
     16-bit copy before each product, which any runtime can do and which is slower than BF16.
     """
     name = format_class(scheme)
-    needs = {"fp8": "fp8", "w8a8": "int8", "nvfp4": "fp4", "mxfp4": "fp4"}.get(name)
-    rows = [row for row in _table()["weights"] if _fits(row, name, hardware)]
-    rows = [row for row in rows if row["path"] != "native" or needs is None or hardware.multiplies(needs)]
+    rows = _weight_rows(name, hardware)
     unfused = "a 16-bit copy before each product (unfused): slower than BF16"
     if not rows:
         return Serving("transformers", "dequantization before each product", "unfused", "compressed-tensors", "", unfused)
     first = rows[0]
-    fallback = f"{rows[1]['runtime']}: {rows[1]['kernel']} ({rows[1]['path']})" if len(rows) > 1 else ("" if name == "bf16" else unfused)
-    return Serving(first["runtime"], first["kernel"], first["path"], first["layout"], first["source"], fallback)
+    fallback = "" if name == "bf16" else f"{rows[1]['runtime']}: {rows[1]['kernel']} ({rows[1]['path']})" if len(rows) > 1 else unfused
+    return Serving(first["runtime"], first["kernel"], first["path"], first["layout"], first["source"], fallback, first.get("make", ""))
 
 
 def cache_option(scheme: Scheme, hardware: Hardware, runtime: str = "") -> tuple[str, str]:
@@ -94,7 +121,6 @@ def cache_option(scheme: Scheme, hardware: Hardware, runtime: str = "") -> tuple
     """
     if scheme.kv_keys is None:
         return "", ""
-    name = f"kv-{scheme.kv_keys.type if scheme.kv_keys.type == 'int' else 'fp'}{scheme.kv_keys.num_bits}"
-    rows = [row for row in _table()["cache"] if _fits(row, name, hardware)]
+    rows = [row for row in _table()["cache"] if _fits(row, _cache_class(scheme), hardware)]
     chosen = next((row for row in rows if runtime.startswith(row["runtime"])), rows[0] if rows else None)
     return (chosen["runtime"], chosen["option"]) if chosen else ("", "")

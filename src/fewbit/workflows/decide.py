@@ -1,0 +1,158 @@
+"""`fewbit decide`: models, devices and a workload in, what to deploy and why out.
+
+Each model is read once (`models.inventory_sources`), each device comes from the table or a file, and each pair is a cell that is decided
+on its own. Quality that was measured (`fewbit compare` results, or perplexities) goes before priors; measured times calibrate the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fewbit.decide.candidates import situation_of
+from fewbit.decide.choose import decide_cell
+from fewbit.decide.decision import Cell, DecideResults
+from fewbit.decide.quality import MeasuredQuality, measured_from_perplexities, parse_perplexities
+from fewbit.decide.workload import Workload, get_workload, with_limits
+from fewbit.errors import UsageError
+from fewbit.models.inventory import Inventory
+from fewbit.models.inventory_sources import read_inventory
+from fewbit.predict.hardware import Hardware, get_hardware
+from fewbit.predict.prediction import MeasuredPoint
+from fewbit.report.results_file import read_results
+from fewbit.results import CompareResults
+
+__all__ = ["decide_deployment", "parse_prices", "quality_of_results"]
+
+
+def decide_deployment(
+    models: Sequence[str | Path],
+    hardware: Sequence[str],
+    *,
+    workload: str | Path | Workload = "chat",
+    batch: int | None = None,
+    prompt: int | None = None,
+    new_tokens: int | None = None,
+    max_ms_per_token: float | None = None,
+    max_ttft_ms: float | None = None,
+    max_quality_loss: float | None = None,
+    quality: Path | None = None,
+    perplexity: str | Mapping[str, float] | None = None,
+    measured: Sequence[MeasuredPoint] = (),
+    prices: Mapping[str, float] | None = None,
+    hardware_file: Path | None = None,
+    layers: int = 0,
+    kv_heads: int = 0,
+    head_dim: int = 0,
+    command: str = "",
+) -> DecideResults:
+    """What to deploy: one cell for each model and device.
+
+    Args:
+        models: as `models.inventory_sources.read_inventory` takes them. hardware: names of devices.
+        workload: a name of `decide/workloads.toml`, a TOML file, or a workload; the options after it replace its fields.
+        max_ms_per_token, max_ttft_ms: milliseconds. max_quality_loss: percent of perplexity.
+        quality: results of `fewbit compare` on the model. perplexity: `bf16=12.4,int8=12.48`, or a mapping by scheme.
+        measured: times on the device; for one model on one device.
+        prices: per hour and device, by the device's name, or under the empty name for all.
+        hardware_file: TOML with further devices.
+        layers, kv_heads, head_dim: the cache's geometry, for a bare count.
+
+    Raises:
+        UsageError: no model or device, an unknown one, options that contradict each other, or figures that cannot be meant.
+        ModelError, CheckpointError: as `read_inventory` and `read_results`.
+    """
+    if not models or not hardware:
+        raise UsageError("a decision needs a model and a device", "name them, for example qwen2.5-7b --hardware h100-sxm")
+    if measured and (len(models) > 1 or len(hardware) > 1):
+        raise UsageError("measured times belong to one model on one device", "decide one pair at a time, or leave them out")
+    base = workload if isinstance(workload, Workload) else get_workload(workload)
+    served = with_limits(
+        base,
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        max_ms_per_token=max_ms_per_token,
+        max_ttft_ms=max_ttft_ms,
+        max_quality_loss=max_quality_loss,
+    )
+    devices = [get_hardware(name, file=hardware_file) for name in dict.fromkeys(hardware)]
+    inventories = {str(name): read_inventory(name, layers=layers, kv_heads=kv_heads, head_dim=head_dim) for name in dict.fromkeys(models)}
+    losses, warnings = _qualities(quality, perplexity, inventories)
+    cells = [
+        _cell(inventory, name, device, served, losses, measured, prices or {})
+        for name, inventory in inventories.items()
+        for device in devices
+    ]
+    return DecideResults(served, cells, warnings, command)
+
+
+def _cell(
+    inventory: Inventory,
+    name: str,
+    device: Hardware,
+    workload: Workload,
+    losses: Sequence[MeasuredQuality],
+    measured: Sequence[MeasuredPoint],
+    prices: Mapping[str, float],
+) -> Cell:
+    price = next((value for key, value in prices.items() if key == device.name or key in device.aliases), prices.get(""))
+    return decide_cell(situation_of(inventory, name, device, workload, points=measured, measured=losses, price_per_hour=price))
+
+
+def _qualities(
+    quality: Path | None, perplexity: str | Mapping[str, float] | None, inventories: Mapping[str, Inventory]
+) -> tuple[list[MeasuredQuality], list[str]]:
+    """Measured losses of both sources, perplexities last, and what is doubtful about them."""
+    losses: list[MeasuredQuality] = []
+    warnings = []
+    if quality is not None:
+        results = read_results(quality)
+        losses += quality_of_results(results, str(quality))
+        source, size = results.model.source, results.model.parameters
+        if any(inventory.parameters != size for inventory in inventories.values()):
+            warnings.append(f"quality was measured on {source} with {size:,} parameters, which is not every model decided here")
+    if perplexity is not None:
+        table = parse_perplexities(perplexity) if isinstance(perplexity, str) else dict(perplexity)
+        losses += measured_from_perplexities(table)
+    if (quality is not None or perplexity is not None) and len(inventories) > 1:
+        warnings.append("one set of quality figures was applied to several models")
+    return losses, warnings
+
+
+def quality_of_results(results: CompareResults, source: str = "fewbit compare") -> list[MeasuredQuality]:
+    """Losses of the schemes that a comparison measured; of several rows with one scheme, the first.
+
+    Raises:
+        UsageError: it measured no quality.
+    """
+    found: dict[str, MeasuredQuality] = {}
+    for row in results.variants:
+        if row.quality is None or row.variant.scheme == "BF16":
+            continue
+        delta = row.quality.perplexity_delta_percent
+        where = f"{source}, {row.variant.label}"
+        found.setdefault(row.variant.scheme, MeasuredQuality(row.variant.scheme, delta.value, delta.low, delta.high, where))
+    if not found:
+        raise UsageError(f"{source} holds no measured quality", "run fewbit compare with quality, on the model itself")
+    return list(found.values())
+
+
+def parse_prices(texts: Sequence[str]) -> dict[str, float]:
+    """Prices per hour of `2.5` (every device) or `h100-sxm=2.5`.
+
+    Raises:
+        UsageError: not a number, negative, or a device twice.
+    """
+    prices: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        key = name.strip().lower() if equals else ""
+        try:
+            price = float(value)
+        except ValueError:
+            price = -1.0
+        if not 0 <= price < 1e6 or key in prices:
+            raise UsageError(f"'{text}' is no price per hour", "write 2.5 or h100-sxm=2.5, each device once")
+        prices[key] = price
+    return prices
