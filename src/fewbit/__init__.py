@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fewbit.workflows.bench import bench as bench_model
     from fewbit.workflows.compare import CompareSettings, compare
     from fewbit.workflows.convert import convert_checkpoint
+    from fewbit.workflows.decide import decide_deployment
     from fewbit.workflows.environment import environment
     from fewbit.workflows.evaluate import evaluate as evaluate_model
     from fewbit.workflows.formats import describe_formats
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from fewbit.workflows.inspect import inspect_checkpoint
     from fewbit.workflows.kernels import list_kernels
     from fewbit.workflows.load import load
+    from fewbit.workflows.plan import plan_model
     from fewbit.workflows.predict import predict_model
     from fewbit.workflows.quantize import quantize_model
     from fewbit.workflows.report import build_report
@@ -72,6 +74,7 @@ __all__ = [
     "build_report",
     "compare",
     "convert_checkpoint",
+    "decide_deployment",
     "dequantize",
     "describe_formats",
     "environment",
@@ -85,6 +88,7 @@ __all__ = [
     "load",
     "load_model",
     "open_source",
+    "plan_model",
     "predict_model",
     "quantize",
     "quantize_model",
@@ -97,7 +101,6 @@ __version__ = "0.1.0"
 
 # Where each public name lives: the imports above once more, for the running program.
 _HOMES = {
-    "SCHEMES": "fewbit.formats.spec:SCHEMES",
     "CalibrationChoice": "fewbit.walk.settings:CalibrationChoice",
     "CompareResults": "fewbit.results:CompareResults",
     "CompareSettings": "fewbit.workflows.compare:CompareSettings",
@@ -114,6 +117,7 @@ _HOMES = {
     "QuantizationConfig": "fewbit.runtime.config:QuantizationConfig",
     "QuantizeResult": "fewbit.results:QuantizeResult",
     "QuantizedTensor": "fewbit.formats.tensor:QuantizedTensor",
+    "SCHEMES": "fewbit.formats.spec:SCHEMES",
     "Scheme": "fewbit.formats.spec:Scheme",
     "VerifyResult": "fewbit.results:VerifyResult",
     "WalkSettings": "fewbit.walk.settings:WalkSettings",
@@ -121,6 +125,7 @@ _HOMES = {
     "build_report": "fewbit.workflows.report:build_report",
     "compare": "fewbit.workflows.compare:compare",
     "convert_checkpoint": "fewbit.workflows.convert:convert_checkpoint",
+    "decide_deployment": "fewbit.workflows.decide:decide_deployment",
     "dequantize": "fewbit.formats.quantize:dequantize",
     "describe_formats": "fewbit.workflows.formats:describe_formats",
     "environment": "fewbit.workflows.environment:environment",
@@ -134,6 +139,7 @@ _HOMES = {
     "load": "fewbit.workflows.load:load",
     "load_model": "fewbit.runtime.load:load_model",
     "open_source": "fewbit.checkpoints.sources:open_source",
+    "plan_model": "fewbit.workflows.plan:plan_model",
     "predict_model": "fewbit.workflows.predict:predict_model",
     "quantize": "fewbit.formats.quantize:quantize",
     "quantize_model": "fewbit.workflows.quantize:quantize_model",

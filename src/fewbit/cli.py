@@ -640,6 +640,10 @@ def decide(
     perplexity: Annotated[
         str | None, typer.Option(metavar="LIST", help="Measured perplexities, e.g. 'bf16=12.4,int8=12.48,nf4=13.39'.")
     ] = None,
+    measured: Annotated[
+        list[str] | None, typer.Option(metavar="WORDS|FILE", help="Times measured on the device, as fewbit predict takes them.")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(metavar="GB/S", help="In place of the data sheet's, 1e9 bytes per second.")] = None,
     price: Annotated[
         list[str] | None, typer.Option(metavar="PRICE", help="Per hour, 2.5 or h100-sxm=2.5, for the cost of tokens; may be repeated.")
     ] = None,
@@ -666,6 +670,8 @@ def decide(
         max_quality_loss=max_quality_loss,
         quality=quality,
         perplexity=perplexity,
+        measured=measured or (),
+        bandwidth_gb_s=bandwidth,
         prices=parse_prices(price or ()),
         hardware_file=hardware_file,
         layers=layers,

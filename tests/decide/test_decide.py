@@ -177,6 +177,12 @@ def test_it_abstains_when_intervals_overlap_and_a_measurement_settles_it() -> No
     assert settled.verdict == "quantize" and settled.chosen is not None and settled.chosen.weights == "W4A16"
 
 
+def test_a_time_that_cannot_be_is_not_used() -> None:
+    results = decide_deployment(["llama-2-7b"], ["agx-orin-64gb"], measured=["bf16 decode 9.4 ms"])
+    assert results.cells[0].calibrated_from == 0
+    assert "impossible" in results.warnings[0] and "not used" in results.warnings[0]
+
+
 def test_measured_times_narrow_the_intervals() -> None:
     point = MeasuredPoint(StepPoint(batch=1, context=576), 95.0)
     before = _cell("llama-2-7b", "agx-orin-64gb", "single-stream")

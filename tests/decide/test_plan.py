@@ -13,7 +13,7 @@ from rich.console import Console
 from fewbit.decide.plan import PlanResults, make_plan
 from fewbit.decide.serving import cache_option, serving_of
 from fewbit.errors import FormatError, UnsupportedModelError, UsageError
-from fewbit.formats.spec import get_scheme
+from fewbit.formats.spec import QuantSpec, get_scheme
 from fewbit.models.inventory_sources import read_inventory
 from fewbit.predict.hardware import get_hardware
 from fewbit.report.plan_table import plan_csv, render_plan
@@ -131,7 +131,9 @@ def test_a_group_that_does_not_divide_is_named() -> None:
         make_plan(inventory, get_scheme("W4A16").__class__("odd", weights=_grouped(768)))
 
 
-def _grouped(size: int) -> object:
+def _grouped(size: int) -> QuantSpec:
     from dataclasses import replace
 
-    return replace(get_scheme("W4A16").weights, group_size=size)  # type: ignore[type-var]
+    weights = get_scheme("W4A16").weights
+    assert weights is not None
+    return replace(weights, group_size=size)

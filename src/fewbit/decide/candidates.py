@@ -21,8 +21,7 @@ from fewbit.formats.spec import Scheme, get_scheme
 from fewbit.models.inventory import Inventory
 from fewbit.predict.calibration import Posterior
 from fewbit.predict.hardware import Hardware
-from fewbit.predict.inventory_outline import outline_of_inventory
-from fewbit.predict.outline import Outline
+from fewbit.predict.outline import Outline, outline_of
 from fewbit.predict.prediction import Estimate, MeasuredPoint, StepPoint
 from fewbit.predict.predictor import Predictor
 from fewbit.predict.step import Work, choose_path, compute_format, step_work
@@ -100,7 +99,7 @@ def situation_of(
     price_per_hour: float | None = None,
 ) -> Situation:
     """A situation with its predictor, calibrated with `points`, which are of this model on this device."""
-    outline = outline_of_inventory(inventory, workload.mean_context)
+    outline = outline_of(inventory)
     predictor = Predictor(hardware, outline, points)
     return Situation(inventory, model, hardware, workload, outline, predictor, tuple(measured), price_per_hour)
 

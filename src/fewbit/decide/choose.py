@@ -153,7 +153,7 @@ def _candidate(
 
 
 def _notes(situation: Situation) -> list[str]:
-    notes = list(situation.outline.assumed)
+    notes = [*situation.outline.assumed, *situation.predictor.warnings()]
     inventory, workload = situation.inventory, situation.workload
     if inventory.max_context is not None and workload.context > inventory.max_context:
         notes.append(f"{workload.context:,} tokens are beyond the {inventory.max_context:,} that the model's positions reach")

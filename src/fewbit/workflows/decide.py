@@ -18,6 +18,9 @@ from fewbit.errors import UsageError
 from fewbit.models.inventory import Inventory
 from fewbit.models.inventory_sources import read_inventory
 from fewbit.predict.hardware import Hardware, get_hardware
+from fewbit.predict.measured import read_measured
+from fewbit.predict.outline import outline_of
+from fewbit.predict.plausible import examine
 from fewbit.predict.prediction import MeasuredPoint
 from fewbit.report.results_file import read_results
 from fewbit.results import CompareResults
@@ -38,9 +41,10 @@ def decide_deployment(
     max_quality_loss: float | None = None,
     quality: Path | None = None,
     perplexity: str | Mapping[str, float] | None = None,
-    measured: Sequence[MeasuredPoint] = (),
+    measured: Sequence[str | MeasuredPoint] = (),
     prices: Mapping[str, float] | None = None,
     hardware_file: Path | None = None,
+    bandwidth_gb_s: float | None = None,
     layers: int = 0,
     kv_heads: int = 0,
     head_dim: int = 0,
@@ -53,7 +57,8 @@ def decide_deployment(
         workload: a name of `decide/workloads.toml`, a TOML file, or a workload; the options after it replace its fields.
         max_ms_per_token, max_ttft_ms: milliseconds. max_quality_loss: percent of perplexity.
         quality: results of `fewbit compare` on the model. perplexity: `bf16=12.4,int8=12.48`, or a mapping by scheme.
-        measured: times on the device; for one model on one device.
+        measured: times on the device, as words, files (`predict.measured`) or points; for one model on one device.
+        bandwidth_gb_s: in place of the data sheet's; for one device.
         prices: per hour and device, by the device's name, or under the empty name for all.
         hardware_file: TOML with further devices.
         layers, kv_heads, head_dim: the cache's geometry, for a bare count.
@@ -66,6 +71,8 @@ def decide_deployment(
         raise UsageError("a decision needs a model and a device", "name them, for example qwen2.5-7b --hardware h100-sxm")
     if measured and (len(models) > 1 or len(hardware) > 1):
         raise UsageError("measured times belong to one model on one device", "decide one pair at a time, or leave them out")
+    if bandwidth_gb_s is not None and len(hardware) > 1:
+        raise UsageError("a bandwidth belongs to one device", "decide one device at a time, or add it with --hardware-file")
     base = workload if isinstance(workload, Workload) else get_workload(workload)
     served = with_limits(
         base,
@@ -76,11 +83,13 @@ def decide_deployment(
         max_ttft_ms=max_ttft_ms,
         max_quality_loss=max_quality_loss,
     )
-    devices = [get_hardware(name, file=hardware_file) for name in dict.fromkeys(hardware)]
+    devices = [get_hardware(name, bandwidth_gb_s=bandwidth_gb_s, file=hardware_file) for name in dict.fromkeys(hardware)]
     inventories = {str(name): read_inventory(name, layers=layers, kv_heads=kv_heads, head_dim=head_dim) for name in dict.fromkeys(models)}
     losses, warnings = _qualities(quality, perplexity, inventories)
+    points, doubts = _points(measured, devices[0], next(iter(inventories.values())))
+    warnings += doubts
     cells = [
-        _cell(inventory, name, device, served, losses, measured, prices or {})
+        _cell(inventory, name, device, served, losses, points, prices or {})
         for name, inventory in inventories.items()
         for device in devices
     ]
@@ -98,6 +107,14 @@ def _cell(
 ) -> Cell:
     price = next((value for key, value in prices.items() if key == device.name or key in device.aliases), prices.get(""))
     return decide_cell(situation_of(inventory, name, device, workload, points=measured, measured=losses, price_per_hour=price))
+
+
+def _points(measured: Sequence[str | MeasuredPoint], device: Hardware, inventory: Inventory) -> tuple[list[MeasuredPoint], list[str]]:
+    """The measured points that can be true, and what is odd about the others."""
+    points = [point for one in measured for point in (read_measured(one) if isinstance(one, str) else [one])]
+    outline = outline_of(inventory)
+    steps = [examine(device, outline, point) for point in points]
+    return [step.measured for step in steps if step.used], [step.problem for step in steps if step.problem]
 
 
 def _qualities(
