@@ -72,6 +72,7 @@ def _parameters(command: Any) -> str:
 
 def reference_page() -> str:
     """docs/reference.md: every registered name."""
+    from fewbit.checkpoints.served import SERVED
     from fewbit.evaluate.protocols import PROTOCOLS
     from fewbit.formats.grids import GRIDS
     from fewbit.formats.spec import SCHEMES
@@ -84,7 +85,7 @@ def reference_page() -> str:
 
     schemes = [
         (f"`{s.name}`", *(described(target) for target in (s.weights, s.input_activations, s.kv_keys, s.kv_values)))
-        for s in SCHEMES.values()
+        for s in (*SCHEMES.values(), *SERVED.values())
     ]
     variants = [(f"`{v.name}`", v.label, f"`{v.scheme.name}`", v.kernel or "the fastest") for v in DEFAULT_VARIANTS]
     kernels = [(f"`{k.name}`", k.description, "yes" if k.fused else "no") for k in KERNELS]
@@ -93,7 +94,8 @@ def reference_page() -> str:
         "# Registered names",
         NOTICE,
         "## Schemes",
-        "What `--scheme` takes. Each is also a row of `fewbit compare`; with the suffix `-unfused` it dequantizes before the GEMM.",
+        "What `--scheme` takes. Each is also a row of `fewbit compare`; with the suffix `-unfused` it dequantizes before the GEMM. "
+        f"{' and '.join(f'`{name}`' for name in SERVED)}, with scales that calibration fixes, are for `fewbit quantize` alone.",
         table(("scheme", "weights", "input activations", "KV keys", "KV values"), schemes),
         "## Rows of the comparison",
         table(("row", "label", "scheme", "kernel"), variants),

@@ -29,8 +29,9 @@ MODULES = {
     "llamacpp": "llama_cpp",
     "vllm": "vllm",
     "openvino": "openvino_genai",
+    "lmeval": "lm_eval",
 }
-WITHOUT_TORCH = {"llamacpp", "openvino"}
+WITHOUT_TORCH = {"llamacpp", "openvino", "lmeval"}
 COMPLETE = {"transformers", "vllm"}  # their files name every package; the requirements contradict each other
 
 

@@ -43,6 +43,7 @@ CELLS = [
     if runtime.name in kind.cells
 ]
 Checks = dict[str, RuntimeCheck]
+_PATIENCE_S = 6 * 3600.0  # a busy machine
 
 
 class Matrix:
@@ -75,8 +76,8 @@ class Matrix:
             green = [self.subject(kind, made) for kind, made in rows if kind.cells[runtime.name] is None]
             grey = [self.subject(kind, made) for kind, made in rows if kind.cells[runtime.name] is not None]
             ids = token_windows((green or grey)[0].source)
-            done = check_runtime(runtime, green, ids) if green else []
-            done += check_refusals(runtime, grey, ids) if grey else []
+            done = check_runtime(runtime, green, ids, timeout_s=_PATIENCE_S) if green else []
+            done += check_refusals(runtime, grey, ids, timeout_s=_PATIENCE_S) if grey else []
             names = {subject.path: str(made) for made, subject in self._subjects.items()}
             self._checks[runtime.name] = {names[subject.path]: check for subject, check in zip([*green, *grey], done, strict=True)}
             record(self._checks[runtime.name])

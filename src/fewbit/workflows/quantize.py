@@ -40,6 +40,7 @@ from fewbit.walk.settings import WalkSettings
 from fewbit.walk.skeleton import Skeleton
 from fewbit.walk.walk import ProgressCallback, Walk, WalkOutcome
 from fewbit.workflows.environment import environment
+from fewbit.workflows.kv_scales import kv_scales, needs_kv_scales
 from fewbit.workflows.quantize_files import RECIPE_NAME, TensorTotals, write_companions, write_weights
 from fewbit.workflows.quantize_plan import QuantizePlan, check_kept, check_method, plan_linears, resolve_scheme, scheme_of_method
 from fewbit.workflows.verify import verify_checkpoint
@@ -123,7 +124,8 @@ def quantize_model(
         decision = _gate_result(outcome.gate, gate, settings, resolved)
         if decision.outcome == "failed":
             raise _gate_failure(decision)
-        totals = write_weights(plan, work, outcome.steps, max_shard_bytes, target, resolved)
+        extra = _kv_scales(source, resolved, settings, calibration)
+        totals = write_weights(plan, work, outcome.steps, max_shard_bytes, target, resolved, extra)
         result = _result(source, str(out), resolved, settings, plan, outcome, totals, facts, target)
         result = replace(
             result,
@@ -137,6 +139,14 @@ def quantize_model(
         write_companions(plan, resolved, result, totals, work.checkpoint, target)
         work.finish(RECIPE_NAME, asdict(result))
     return _verified(result, source, verify)
+
+
+def _kv_scales(source: TensorSource, scheme: Scheme, settings: WalkSettings, given: CalibrationData | None) -> dict[str, torch.Tensor]:
+    """Scales of a static KV cache; empty for other schemes."""
+    if not needs_kv_scales(scheme):
+        return {}
+    calibration = given or _calibration(source, settings)
+    return kv_scales(source, scheme, calibration.ids)
 
 
 def _verified(result: QuantizeResult, source: TensorSource, runtimes: Sequence[str] | None) -> QuantizeResult:
@@ -170,24 +180,27 @@ def _estimate(
 
 def _texts(source: TensorSource, settings: WalkSettings) -> tuple[CalibrationData | None, GateText | None]:
     """Calibration data where the recipe needs any, and the gate's windows."""
-    choice, gate = settings.calibration, settings.gate
-    calibration = None
-    if settings.recipe.calibrated:
-        calibration = load_calibration(
-            source.tokenizer(),
-            source.config,
-            files=choice.files,
-            dataset=choice.dataset,
-            samples=choice.samples,
-            sequence_length=choice.sequence_length,
-            seed=settings.seed,
-            chat_template=choice.chat_template,
-        )
+    gate = settings.gate
+    calibration = _calibration(source, settings) if settings.recipe.calibrated else None
     if not gate.enabled:
         return calibration, None
     windows, length = gate.windows, gate.sequence_length
     text = load_gate_text(source.tokenizer(), source.config, gate.texts, windows=windows, sequence_length=length, seed=settings.seed)
     return calibration, text
+
+
+def _calibration(source: TensorSource, settings: WalkSettings) -> CalibrationData:
+    choice = settings.calibration
+    return load_calibration(
+        source.tokenizer(),
+        source.config,
+        files=choice.files,
+        dataset=choice.dataset,
+        samples=choice.samples,
+        sequence_length=choice.sequence_length,
+        seed=settings.seed,
+        chat_template=choice.chat_template,
+    )
 
 
 def _working_dtype(settings: WalkSettings) -> torch.dtype:

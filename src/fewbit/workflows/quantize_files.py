@@ -12,6 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewbit.checkpoints.assemble import Feed, write_shards
 from fewbit.checkpoints.compressed_tensors import CompressedTensorsLayout, read_linear
 from fewbit.checkpoints.gguf import write_gguf
@@ -19,7 +21,7 @@ from fewbit.checkpoints.layout import Layout
 from fewbit.checkpoints.model_card import model_card, source_licence
 from fewbit.checkpoints.registry import quantized_reader
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles, TensorEntry
-from fewbit.checkpoints.shards import copy_into_shards
+from fewbit.checkpoints.shards import copy_into_shards, write_tensors
 from fewbit.checkpoints.sources import DirectorySource, open_source
 from fewbit.checkpoints.unfinished import Unfinished
 from fewbit.errors import OutputError
@@ -80,9 +82,18 @@ class TensorTotals:
 
 
 def write_weights(
-    plan: QuantizePlan, work: Unfinished, steps: list[str], max_shard_bytes: int, layout: Layout, scheme: Scheme
+    plan: QuantizePlan,
+    work: Unfinished,
+    steps: list[str],
+    max_shard_bytes: int,
+    layout: Layout,
+    scheme: Scheme,
+    extra: Mapping[str, torch.Tensor] | None = None,
 ) -> TensorTotals:
     """Put the shards together: what the steps made, and the source's other tensors as they are.
+
+    Args:
+        extra: small tensors that the source has no like of (scales of the KV cache), for layouts that keep them.
 
     Raises:
         FormatError: a linear that the layout cannot store.
@@ -114,7 +125,8 @@ def write_weights(
         raise OutputError(f"'{min(forgotten)}' was made and belongs to no tensor of the source", _BUG)
     totals.digests = {prefix: digest(read_linear(files[prefix], prefix, scheme)) for prefix in sorted(files)}
     if isinstance(layout, CompressedTensorsLayout):  # the steps are in this layout already: their bytes are copied
-        totals.checkpoint_bytes = _copy(source, made, totals.quantized, work.checkpoint, max_shard_bytes)
+        additions = _additions(extra or {}, work.scratch)
+        totals.checkpoint_bytes = _copy(source, made, totals.quantized, work.checkpoint, max_shard_bytes, additions)
         return totals
 
     def entry_of(name: str) -> TensorEntry:
@@ -141,7 +153,24 @@ def _step_of(name: str, made: Mapping[str, TensorEntry]) -> str:
     return made[name].file.stem
 
 
-def _copy(source: SafetensorsFiles, made: Mapping[str, TensorEntry], quantized: set[str], out: Path, max_shard_bytes: int) -> int:
+def _additions(extra: Mapping[str, torch.Tensor], folder: Path) -> list[tuple[str, TensorEntry]]:
+    """Tensors of memory as tensors of a file."""
+    if not extra:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "extra.safetensors", extra)
+    files = SafetensorsFiles(folder / "extra.safetensors")
+    return [(name, files.entry(name)) for name in extra]
+
+
+def _copy(
+    source: SafetensorsFiles,
+    made: Mapping[str, TensorEntry],
+    quantized: set[str],
+    out: Path,
+    max_shard_bytes: int,
+    additions: list[tuple[str, TensorEntry]],
+) -> int:
     """Shards out of tensors that are in their final form already."""
     pieces: list[tuple[str, TensorEntry]] = []
     for name in source.names():
@@ -150,6 +179,7 @@ def _copy(source: SafetensorsFiles, made: Mapping[str, TensorEntry], quantized: 
             pieces += _parts(prefix, made)
         else:
             pieces.append((name, made[name] if name in made else source.entry(name)))
+    pieces += additions
     total = copy_into_shards(out, pieces, max_shard_bytes)
     written = SafetensorsFiles(out)
     lost = next((name for name, _ in pieces if name not in written), None)

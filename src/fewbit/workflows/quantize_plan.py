@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fewbit.checkpoints.compressed_tensors import CompressedTensorsLayout
 from fewbit.checkpoints.layout import Layout, same_but_scales
+from fewbit.checkpoints.served import checkpoint_scheme
 from fewbit.checkpoints.sources import TensorSource
 from fewbit.errors import FormatError, UnsupportedModelError, UsageError
 from fewbit.formats.grouping import scale_shape
-from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme, get_scheme
+from fewbit.formats.spec import SCHEMES, QuantSpec, Scheme
 from fewbit.models.experts import expert_lists, is_router
 from fewbit.models.names import DiskNames, disk_names
 from fewbit.models.structure import build_empty_model, is_ignored
@@ -57,7 +58,7 @@ def resolve_scheme(scheme: str | Scheme, group_size: int | None, layout: Layout 
         UsageError: an unknown scheme, one that the layout lacks, or one without a choice of group size.
         FormatError: an impossible group size.
     """
-    resolved = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    resolved = checkpoint_scheme(scheme) if isinstance(scheme, str) else scheme
     if group_size is not None and (resolved.weights is None or group_size != resolved.weights.group_size):
         resolved = _regrouped(resolved, group_size)
     reason = layout.supports(resolved)

@@ -5,7 +5,8 @@ For a runtime r and a checkpoint C, with D the plain model of C's dequantized we
     truth         log-probabilities of given tokens by our runtime on C, float32, dequantizing, inputs rounded as C says
     difference    root mean square of r(C) - truth over the tokens
     floor         the same of r(D) - truth of D: what r's arithmetic alone makes of a model in which nothing is quantized; where C rounds
-                  its inputs, also what BF16 makes of our own runtime (an input rounded the other way changes a token's answer)
+                  its inputs, also what BF16 makes of our own runtime (an input rounded the other way changes a token's answer);
+                  where it has scales of an FP8 cache, also what FP8 makes of our own cache
     passes        difference <= 2 floors, the floor is below 0.2, and each linear answers its probes as our dequantized weight does
     control       a copy of C with one linear's scales damaged must not pass
 
@@ -48,6 +49,7 @@ _ROUNDINGS = 16.0  # a good W4A16 checkpoint in vLLM has 8.2 at most, one with a
 _EPS = {"float32": 2.0**-18, "float16": 2.0**-10, "bfloat16": 2.0**-8}  # float32: products of two rounded numbers, summed in any order
 _DTYPES = {"transformers": "float32", "vllm": "bfloat16", "llama.cpp": "float32", "openvino": "float32"}
 _PLUGINS = {"transformers": ("fewbit",), "vllm": ("fewbit.runtime.vllm_plugin:register",)}
+_KV_FP8 = get_scheme("KV-FP8")
 _HALF_KINDS = ("gptq", "awq")  # gptqmodel's kernels compute in 16 bits only
 
 
@@ -83,12 +85,15 @@ class Subject:
 
 
 @torch.inference_mode()
-def own_logprobs(source: TensorSource, scheme: Scheme, ids: Sequence[Sequence[int]], dtype: torch.dtype) -> NDArray[np.float32]:
-    """Log-probabilities of the windows' tokens by our own runtime, float32 [sum(len(ids) - 1)]."""
+def own_logprobs(
+    source: TensorSource, scheme: Scheme, ids: Sequence[Sequence[int]], dtype: torch.dtype, *, cached: bool = False
+) -> NDArray[np.float32]:
+    """Log-probabilities of the windows' tokens by our own runtime, float32 [sum(len(ids) - 1)]; `cached`: through the scheme's KV cache."""
     loaded = load_model(source, QuantizationConfig(scheme, kernel="unfused" if scheme.weights is not None else None), dtype=dtype)
     parts = []
     for window in ids:
-        logits = loaded.model(torch.tensor([list(window)]), use_cache=False).logits[0, :-1]
+        cache = loaded.new_cache() if cached else None
+        logits = loaded.model(torch.tensor([list(window)]), past_key_values=cache, use_cache=cached).logits[0, :-1]
         parts.append(_worker.log_softmax_at(logits.float().numpy(), np.array(window[1:])))
     return np.concatenate(parts)
 
@@ -190,6 +195,9 @@ def _compare(
     floor = max(_rms(plain.logprobs - plain_truth), _LEAST_FLOOR_NATS)
     if scheme.input_activations is not None:
         floor = max(floor, _rms(own_logprobs(subject.source, scheme, ids, torch.bfloat16) - truth))
+    if scheme.kv_keys is not None:  # a runtime that stores the cache in FP8 rounds the same keys and values otherwise than ours
+        rounded = replace(scheme, name="KV", kv_keys=_KV_FP8.kv_keys, kv_values=_KV_FP8.kv_values)
+        floor = max(floor, _rms(own_logprobs(subject.source, rounded, ids, torch.float32, cached=True) - truth))
     compared, differing = differing_layers(real, subject.source, scheme, dtype)
     difference = _rms(real.logprobs - truth)
     control, control_layers = None, []
