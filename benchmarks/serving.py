@@ -200,18 +200,20 @@ def _free_port() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(CHECKPOINTS), help="this checkpoint alone")
+    parser.add_argument("--without-lm-eval", action="store_true", help="only ask each server for a completion")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the checkpoints and lm-eval's samples here")
     add_arguments(parser)
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(CHECKPOINTS)
     with tempfile.TemporaryDirectory(prefix="fewbit-serving-") as folder:
-        serving = Serving(arguments.keep or Path(folder), names[0])
+        serving = Serving(arguments.keep or Path(folder), "" if arguments.without_lm_eval else names[0])
         serving.folder.mkdir(parents=True, exist_ok=True)
         bars = [
             Bar(f"serving-{name}-answers", lambda name=name: serving.answer(name), ">", 0, "characters of vLLM's completion")  # type: ignore[misc]
             for name in names
         ]
-        bars.append(Bar("serving-lm-eval-agrees", serving.agreement, "<=", 1, "distance in half widths of the 95 % interval"))
+        if not arguments.without_lm_eval:
+            bars.append(Bar("serving-lm-eval-agrees", serving.agreement, "<=", 1, "distance in half widths of the 95 % interval"))
         return run_bars(bars, list_only=arguments.list, json_file=arguments.json)
 
 

@@ -249,7 +249,7 @@ def _llamacpp(runtime: Runtime, wish: _Wish) -> tuple[str, ...] | str:
 def _transformers(runtime: Runtime, wish: _Wish) -> tuple[str, ...] | str:
     if wish.path.is_file():
         return "serves directories, not GGUF files"
-    python = _python_with(runtime, "transformers", "fastapi", "uvicorn")
+    python = _python_with(runtime, "transformers", "fastapi", "uvicorn", "openai")
     if isinstance(python, str):
         return python
     return (str(python), "-m", "transformers.cli.transformers", "serve", str(wish.path.resolve()), *wish.address)
