@@ -650,6 +650,9 @@ def decide(
     layers: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: layers of the KV cache.", min=0)] = 0,
     kv_heads: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: heads of keys and values.", min=0)] = 0,
     head_dim: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: width of a head.", min=0)] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write decide.html (with sliders), decide.json, decide.csv and figures here.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every candidate of every cell here.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every candidate, those that do not fit, too.")] = False,
     json: JsonOption = False,
@@ -677,13 +680,20 @@ def decide(
         layers=layers,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        out=out,
         command=" ".join(["fewbit", *sys.argv[1:]]),
     )
     if csv is not None:
         from fewbit.report.files import write_text
 
         write_text(csv, decide_csv(result))
-    _print_json(result) if json else render_decide(result, _console(), verbose=verbose)
+    if json:
+        _print_json(result)
+        return
+    console = _console()
+    render_decide(result, console, verbose=verbose)
+    if out is not None:
+        console.print(f"\nPage: {out / 'decide.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog=_example("fewbit generate --prompt 'def fibonacci(n):' --scheme W8A16"))

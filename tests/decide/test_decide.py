@@ -142,7 +142,7 @@ def test_a_faster_format_of_unknown_quality_is_what_to_measure_next() -> None:
     cell = _cell("llama-3-8b", "b200", "batch")
     assert cell.next_measurement is not None
     assert cell.next_measurement.kind == "quality" and "NVFP4" in cell.next_measurement.what
-    assert "fewbit compare llama-3-8b" in cell.next_measurement.command
+    assert "fewbit compare meta-llama/Meta-Llama-3-8B" in cell.next_measurement.command
     settled = _cell("llama-3-8b", "b200", "batch", "bf16=6.1,nvfp4=6.2,kv-fp8=6.11,mxfp4=6.9,fp8=6.12")
     assert settled.chosen is not None and settled.chosen.weights == "NVFP4"
 
@@ -242,7 +242,7 @@ def test_json_csv_and_tables() -> None:
     text = console.export_text()
     for cell in results.cells:
         assert cell.label in text and cell.choice is not None and cell.choice in text
-    assert "Measure next" in text and "fewbit quantize qwen2.5-7b" in text
+    assert "Measure next" in text and "fewbit quantize Qwen/Qwen2.5-7B" in text
 
 
 # ------------------------------------------------------------------------------------------------------------------ input

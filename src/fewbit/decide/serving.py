@@ -75,7 +75,8 @@ def serving_with_cache(scheme: Scheme, cached: Scheme | None, hardware: Hardware
     for row in _weight_rows(format_class(scheme), hardware):
         option = next((one["option"] for one in cache_rows if one["runtime"] == row["runtime"]), None)
         if option is not None:
-            return Serving(row["runtime"], row["kernel"], row["path"], row["layout"], row["source"], ""), option
+            fields = (row["runtime"], row["kernel"], row["path"], row["layout"], row["source"], "", row.get("make", ""))
+            return Serving(*fields), option
     return None
 
 

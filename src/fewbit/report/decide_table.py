@@ -75,7 +75,8 @@ def _figures(one: Candidate) -> list[str]:
 
 
 def _range(estimate: Estimate) -> str:
-    return f"{estimate.value:,.3g} [{estimate.low:,.3g}, {estimate.high:,.3g}]"
+    value, low, high = (format_figure(one, "ms") for one in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _render_cell(cell: Cell, console: Console, *, verbose: bool) -> None:
@@ -114,7 +115,7 @@ def _candidates(cell: Cell, *, verbose: bool) -> Table:
         loss = one.quality.loss_percent
         text = "0" if loss.value == 0 and one.quality.measured else f"{loss.value:+.2g}" + ("" if one.quality.measured else " (prior)")
         path = f"{one.runtime}, {one.path}" if one.runtime else MISSING
-        ttft = MISSING if time is None else f"{time.ttft_ms.value:,.3g}"
+        ttft = MISSING if time is None else format_figure(time.ttft_ms.value, "ms")
         mark = " ".join(filter(None, [_MARKS[one.status], "pareto" if one.pareto else ""]))
         table.add_row(one.name, mark, memory, ttft, *speeds, text, path, one.reason)
     if hidden:

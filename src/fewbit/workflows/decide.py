@@ -6,13 +6,16 @@ on its own. Quality that was measured (`fewbit compare` results, or perplexities
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
-from fewbit.decide.candidates import situation_of
+from fewbit.decide.candidates import Situation, situation_of
 from fewbit.decide.choose import decide_cell
-from fewbit.decide.decision import Cell, DecideResults
+from fewbit.decide.decision import DecideResults
 from fewbit.decide.quality import MeasuredQuality, measured_from_perplexities, parse_perplexities
+from fewbit.decide.scene import scene_of
 from fewbit.decide.workload import Workload, get_workload, with_limits
 from fewbit.errors import UsageError
 from fewbit.models.inventory import Inventory
@@ -48,6 +51,7 @@ def decide_deployment(
     layers: int = 0,
     kv_heads: int = 0,
     head_dim: int = 0,
+    out: Path | None = None,
     command: str = "",
 ) -> DecideResults:
     """What to deploy: one cell for each model and device.
@@ -62,8 +66,10 @@ def decide_deployment(
         prices: per hour and device, by the device's name, or under the empty name for all.
         hardware_file: TOML with further devices.
         layers, kv_heads, head_dim: the cache's geometry, for a bare count.
+        out: a directory for decide.html, decide.json, decide.csv and the figures; None writes nothing.
 
     Raises:
+        OutputError: `out` cannot be written.
         UsageError: no model or device, an unknown one, options that contradict each other, or figures that cannot be meant.
         ModelError, CheckpointError: as `read_inventory` and `read_results`.
     """
@@ -88,15 +94,20 @@ def decide_deployment(
     losses, warnings = _qualities(quality, perplexity, inventories)
     points, doubts = _points(measured, devices[0], next(iter(inventories.values())))
     warnings += doubts
-    cells = [
-        _cell(inventory, name, device, served, losses, points, prices or {})
+    situations = [
+        _situation(inventory, name, device, served, losses, points, prices or {})
         for name, inventory in inventories.items()
         for device in devices
     ]
-    return DecideResults(served, cells, warnings, command)
+    results = DecideResults(served, [decide_cell(situation) for situation in situations], warnings, command)
+    if out is not None:
+        from fewbit.report.decide_page import write_decide  # matplotlib, which a decision in the terminal does not need
+
+        write_decide(results, [scene_of(situation) for situation in situations], out)
+    return results
 
 
-def _cell(
+def _situation(
     inventory: Inventory,
     name: str,
     device: Hardware,
@@ -104,9 +115,18 @@ def _cell(
     losses: Sequence[MeasuredQuality],
     measured: Sequence[MeasuredPoint],
     prices: Mapping[str, float],
-) -> Cell:
+) -> Situation:
     price = next((value for key, value in prices.items() if key == device.name or key in device.aliases), prices.get(""))
-    return decide_cell(situation_of(inventory, name, device, workload, points=measured, measured=losses, price_per_hour=price))
+    return situation_of(inventory, _loadable(name, inventory), device, workload, points=measured, measured=losses, price_per_hour=price)
+
+
+def _loadable(name: str, inventory: Inventory) -> str:
+    """What a command can load: the hub id of published shapes; a bare count names no model."""
+    if inventory.bare:
+        return "MODEL"
+    table = tomllib.loads(files("fewbit.models").joinpath("shapes.toml").read_text(encoding="utf-8"))
+    row = table.get(name.removeprefix("shapes:").lower())
+    return name if row is None or Path(name).exists() else str(row["hub_id"])
 
 
 def _points(measured: Sequence[str | MeasuredPoint], device: Hardware, inventory: Inventory) -> tuple[list[MeasuredPoint], list[str]]:
