@@ -1,7 +1,7 @@
 """The matrix of runtimes.toml, cell by cell: fewbit writes a checkpoint of the bundled model, a real runtime loads it and computes it too.
 
     make test-runtimes                                       # all cells whose runtime is installed; results in docs/runtimes.json
-    FEWBIT_HEAVY=1 pytest tests/runtimes -k 'vllm and gptq'  # some of them
+    FEWBIT_HEAVY=1 pytest tests/runtimes -k 'vllm and gptq'  # some of them; FEWBIT_MADE=DIR keeps and takes what fewbit writes
 
 A cell that says yes must pass `fewbit verify`'s check: log-probabilities within two noise floors of the runtime, each linear's answers
 equal, and a damaged copy that fails. A cell that says no must be refused by the runtime in words of its own; where it loads and computes
@@ -58,11 +58,11 @@ class Matrix:
         """The checkpoint of one row."""
         if made not in self._subjects:
             path = self._folder / str(made)
-            settings = walk_settings(
-                method=made.method, gate=GateChoice(enabled=False), calibration=CalibrationChoice(samples=8, sequence_length=128)
-            )
-            result = quantize_model(None, scheme=made.scheme, group_size=made.group_size, layout=made.format, out=path, settings=settings)
-            path = next(Path(result.out).glob("*.gguf"), Path(result.out))
+            if not path.exists():
+                calibration = CalibrationChoice(samples=8, sequence_length=128)
+                settings = walk_settings(method=made.method, gate=GateChoice(enabled=False), calibration=calibration)
+                quantize_model(None, scheme=made.scheme, group_size=made.group_size, layout=made.format, out=path, settings=settings)
+            path = next(path.glob("*.gguf"), path)
             assert kind_of(path).name == kind.name
             self._subjects[made] = Subject(path, kind, open_source(path))
             found = check_tensors(self._subjects[made].source, path)
@@ -102,7 +102,8 @@ def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         if item.path == Path(__file__) and callspec is not None and "made" in callspec.params:
             params = callspec.params
             wanted.setdefault(params["runtime"].name, []).append((params["kind"], params["made"]))
-    yield Matrix(tmp_path_factory.mktemp("matrix"), wanted)
+    kept = os.environ.get("FEWBIT_MADE")
+    yield Matrix(Path(kept) / "matrix" if kept else tmp_path_factory.mktemp("matrix"), wanted)
 
 
 @pytest.mark.parametrize(("runtime", "kind", "made"), CELLS)

@@ -125,3 +125,17 @@ def test_quantize_verifies_what_it_wrote_when_asked(tiny_llama_dir: Path, tmp_pa
     assert result.verify.compared_with == ["recipe", "source"]
     again = quantize_model(tiny_llama_dir, scheme="W4A16-G32", out=tmp_path / "w4b", settings=settings)
     assert again.verify is None
+
+
+@pytest.mark.parametrize(("scheme", "group"), [("W4A16-G32", None), ("W4A16-ASYM", 32)])
+def test_a_gguf_file_is_compared_with_its_source(scheme: str, group: int | None, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    settings = WalkSettings(gate=GateChoice(enabled=False))
+    out = tmp_path / "gguf"
+    quantize_model(tiny_llama_dir, scheme=scheme, group_size=group, layout="gguf", out=out, settings=settings)
+    good = verify_checkpoint(out, against=tiny_llama_dir, runtime_names=())
+    assert good.passed, good.problems
+    file = next(out.glob("*.gguf"))
+    worse = damaged_copy(file, "blk.1.attn_v", tmp_path / "worse")
+    assert verify_checkpoint(worse, runtime_names=()).passed  # alone it is whole
+    if group is None:  # a decoded type is held to a third of the weight only
+        assert not verify_checkpoint(worse, against=tiny_llama_dir, runtime_names=()).passed
