@@ -115,7 +115,7 @@ class rows:
     def sum_of_squares(instruction_set: str, x: torch.Tensor) -> float: ...
 
 def int_instruction_sets() -> list[str]:
-    """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `portable`."""
+    """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `avx512vl-vnni`, `avx-vnni`, `avx2`, `portable`."""
 
 class Linear:
     """A weight [out_features, in_features] in its packed form. Shares the memory of the tensors it was made from and keeps them alive."""

@@ -19,6 +19,8 @@ __all__ = ["KERNELS", "UNFUSED", "select"]
 
 KERNELS: tuple[Kernel, ...] = (
     DenseKernel(),
+    CpuIntActivations(2),
+    CpuIntActivations(3),
     CpuIntActivations(4),
     CpuIntActivations(8),
     TorchInt4Pack(),

@@ -67,7 +67,7 @@ std::unique_ptr<Linear> int_linear(const Array<const std::uint8_t, 3> &codes, co
                                    const std::optional<Array<const std::int8_t, 3>> &zeros, std::size_t out_features,
                                    std::size_t in_features, std::size_t group, int bits, float range, float static_scale,
                                    const std::string &instruction_set) {
-    check(group != 0 && group % 8 == 0, "a group is not a multiple of 8 columns");
+    check(group != 0 && group % 32 == 0, "a group is not a multiple of 32 columns");
     IntWeight weight;
     weight.out_features = out_features;
     weight.group = group;

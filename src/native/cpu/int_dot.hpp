@@ -2,13 +2,16 @@
 //
 //     y[m, n] = sum_g  s_x[m, g] * s_w[n, g] * ( sum_{k in g} c[n, k] * x[m, k]  -  (offset + z[n, g]) * sum_{k in g} x[m, k] )
 //
-// c are unsigned codes, c = q + offset with offset 8 (INT4) or 128 (INT8): the dot product instructions of x86 want one unsigned operand. The
+// c are unsigned codes, c = q + offset with offset 2^(bits - 1): the dot product instructions of x86 want one unsigned operand. The
 // correction costs nothing for symmetric weights, since the sums of x belong to the input: the accumulators start at -offset * sum.
 //
 // Layout in memory, the same for all instruction sets. A tile is 16 rows of the weight, one line of it 64 bytes:
 //
 //     INT8    byte 4 r + j of line l: c[r, 4 l + j]                                                       4 columns of 16 rows
 //     INT4    byte 4 r + j of line l: c[r, 8 l + j] | c[r, 8 l + 4 + j] << 4                              8 columns of 16 rows
+//     INT2    byte 4 r + j of line l: c[r, 16 l + j] | c[., . + 4 + j] << 2 | c[., . + 8 + j] << 4 | ...  16 columns of 16 rows
+//     INT3    three lines hold 32 columns, q_i = c[r, 32 l + 4 i + j] in byte 4 r + j:
+//                 q0 | q1 << 3 | (q6 >> 1) << 6      q2 | q3 << 3 | (q7 >> 1) << 6      q4 | q5 << 3 | (q6 & 1) << 6 | (q7 & 1) << 7
 //
 // so that the 32-bit lane r of a register (two registers of AVX2, four of NEON) belongs to row r, four columns of x are broadcast, and no sum
 // ever crosses lanes. Tiles follow one another: a range of rows is one stream of memory. Rows and columns are padded, x with zeros.
@@ -46,12 +49,15 @@ using IntMultiply = void (*)(const IntWeight &weight, const Input &x, float *y, 
 
 struct IntKernels {
     const char *name;
-    IntMultiply int4, int8;
+    IntMultiply int2, int3, int4, int8;
 };
 
 const IntKernels &int_kernels_portable();
 #if defined(__x86_64__)
 const IntKernels &int_kernels_avx512_vnni();
+const IntKernels &int_kernels_avx512vl_vnni();
+const IntKernels &int_kernels_avx_vnni();
+const IntKernels &int_kernels_avx2();
 #endif
 
 } // namespace fewbit

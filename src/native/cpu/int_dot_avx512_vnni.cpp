@@ -6,7 +6,8 @@
 // Several tokens (`multiply_some`): 32 rows of the weight times up to 12 tokens in 24 registers of sums, so that a broadcast of x serves two
 // products and a load of the weight up to twelve.
 //
-// Many tokens: INT4 is spread to bytes first, 32 rows of up to kBlock columns at a time, and these stay in the L2 cache for all tokens.
+// Many tokens: 32 rows of kBlock columns at a time, spread to bytes first (INT2 and INT3 from two tokens on), stay in the first level cache
+// for all tokens.
 //
 // This file is compiled for AVX-512 and may only run where it is there: no inline function of another header, nothing of the standard library.
 
@@ -18,7 +19,8 @@ namespace fewbit {
 namespace {
 
 constexpr std::size_t kTokens = 12;       // of a register block
-constexpr std::size_t kBlock = 2048;      // columns that are spread at once
+constexpr std::size_t kBlock = 512;       // columns at once: of 32 rows as bytes, half of the first level cache
+constexpr std::size_t kDirectTokens = 48; // up to here INT4 is not spread
 constexpr std::size_t kPrefetch = 2048;   // bytes ahead
 constexpr std::size_t kTileLoad = kTileRows * sizeof(float);
 
@@ -67,31 +69,82 @@ inline __mmask16 row_mask(std::size_t rows) { return rows >= kTileRows ? 0xffff 
 
 // ---------------------------------------------------------------------------------------------------------------- one token
 
-// Sum of one group of a tile, offsets taken off.
-template <int Bits> inline __m512i dot_one(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
-    if constexpr (Bits == 4) {
-        const __m512i low = _mm512_set1_epi8(0x0f), high = _mm512_set1_epi8(char(0xf0));
-        __m512i a = broadcast4(start), b = _mm512_setzero_si512(), c = b, d = b;
-        for (std::size_t k = 0; k < columns; k += 16, codes += 2 * kLineBytes) {
-            const __m512i first = _mm512_load_si512(codes), second = _mm512_load_si512(codes + kLineBytes);
-            _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetch), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetch + kLineBytes), _MM_HINT_T0);
-            a = _mm512_dpbusd_epi32(a, _mm512_and_si512(first, low), broadcast4(x + k));
-            b = _mm512_dpbusd_epi32(b, _mm512_and_si512(first, high), broadcast4(x + k + 4));
-            c = _mm512_dpbusd_epi32(c, _mm512_and_si512(second, low), broadcast4(x + k + 8));
-            d = _mm512_dpbusd_epi32(d, _mm512_and_si512(second, high), broadcast4(x + k + 12));
-        }
-        return _mm512_add_epi32(_mm512_add_epi32(a, c), _mm512_srai_epi32(_mm512_add_epi32(b, d), 4));
-    } else {
-        __m512i a = _mm512_slli_epi32(broadcast4(start), 4), b = _mm512_setzero_si512();
-        for (std::size_t k = 0; k < columns; k += 8, codes += 2 * kLineBytes) {
-            _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetch), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetch + kLineBytes), _MM_HINT_T0);
-            a = _mm512_dpbusd_epi32(a, _mm512_load_si512(codes), broadcast4(x + k));
-            b = _mm512_dpbusd_epi32(b, _mm512_load_si512(codes + kLineBytes), broadcast4(x + k + 4));
-        }
-        return _mm512_add_epi32(a, b);
+inline void prefetch_lines(const std::uint8_t *codes, std::size_t lines) {
+    for (std::size_t i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetch + i * kLineBytes), _MM_HINT_T0);
+}
+
+inline __m512i line_at(const std::uint8_t *codes, std::size_t line) { return _mm512_load_si512(codes + line * kLineBytes); }
+
+inline __m512i field(__m512i line, int mask) { return _mm512_and_si512(line, _mm512_set1_epi8(char(mask))); }
+
+// The top three bits of each byte: two of `high`, below them bit 5 of `low`.
+inline __m512i join(__m512i high, __m512i low) {
+    const __m512i top = _mm512_set1_epi8(char(0xc0));
+    return field(_mm512_ternarylogic_epi32(top, high, low, 0xca), 0xe0);
+}
+
+inline __m512i dot(__m512i sum, __m512i codes, const std::int8_t *x) { return _mm512_dpbusd_epi32(sum, codes, broadcast4(x)); }
+
+// dpbusd in place. The intrinsic makes GCC 12 copy every sum before and after, and a block of 24 sums no longer fits the registers.
+inline void dot_in_place(__m512i &sum, __m512i codes, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x)); }
+
+// Sum of one group of a tile, offsets taken off; `start` is -8 times the sum of x.
+template <int Bits> __m512i dot_one(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start);
+
+template <> inline __m512i dot_one<8>(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
+    __m512i a = _mm512_slli_epi32(broadcast4(start), 4), b = _mm512_setzero_si512();
+    for (std::size_t k = 0; k < columns; k += 8, codes += 2 * kLineBytes) {
+        prefetch_lines(codes, 2);
+        a = dot(a, line_at(codes, 0), x + k);
+        b = dot(b, line_at(codes, 1), x + k + 4);
     }
+    return _mm512_add_epi32(a, b);
+}
+
+template <> inline __m512i dot_one<4>(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
+    __m512i a = broadcast4(start), b = _mm512_setzero_si512(), c = b, d = b;
+    for (std::size_t k = 0; k < columns; k += 16, codes += 2 * kLineBytes) {
+        const __m512i first = line_at(codes, 0), second = line_at(codes, 1);
+        prefetch_lines(codes, 2);
+        a = dot(a, field(first, 0x0f), x + k);
+        b = dot(b, field(first, 0xf0), x + k + 4);
+        c = dot(c, field(second, 0x0f), x + k + 8);
+        d = dot(d, field(second, 0xf0), x + k + 12);
+    }
+    return _mm512_add_epi32(_mm512_add_epi32(a, c), _mm512_srai_epi32(_mm512_add_epi32(b, d), 4));
+}
+
+// The upper fields stay where they are, too: three sums, 1, 8 and 32 times too large.
+template <> inline __m512i dot_one<3>(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
+    __m512i a = _mm512_srai_epi32(broadcast4(start), 1), b = _mm512_setzero_si512(), c = b, d = b, e = b;
+    for (std::size_t k = 0; k < columns; k += 32, codes += 3 * kLineBytes) {
+        const __m512i first = line_at(codes, 0), second = line_at(codes, 1), third = line_at(codes, 2);
+        prefetch_lines(codes, 3);
+        a = dot(a, field(first, 0x07), x + k);
+        b = dot(b, field(first, 0x38), x + k + 4);
+        c = dot(c, field(second, 0x07), x + k + 8);
+        d = dot(d, field(second, 0x38), x + k + 12);
+        a = dot(a, field(third, 0x07), x + k + 16);
+        b = dot(b, field(third, 0x38), x + k + 20);
+        e = dot(e, join(first, _mm512_srli_epi32(third, 1)), x + k + 24);
+        e = dot(e, join(second, _mm512_srli_epi32(third, 2)), x + k + 28);
+    }
+    const __m512i eights = _mm512_srai_epi32(_mm512_add_epi32(b, d), 3);
+    return _mm512_add_epi32(_mm512_add_epi32(a, c), _mm512_add_epi32(eights, _mm512_srai_epi32(e, 5)));
+}
+
+template <> inline __m512i dot_one<2>(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
+    __m512i a = _mm512_srai_epi32(broadcast4(start), 2), b = _mm512_setzero_si512(), c = b, d = b;
+    for (std::size_t k = 0; k < columns; k += 16, codes += kLineBytes) {
+        const __m512i line = line_at(codes, 0);
+        prefetch_lines(codes, 1);
+        a = dot(a, field(line, 0x03), x + k);
+        b = dot(b, field(line, 0x0c), x + k + 4);
+        c = dot(c, field(line, 0x30), x + k + 8);
+        d = dot(d, field(line, 0xc0), x + k + 12);
+    }
+    const __m512i upper = _mm512_add_epi32(_mm512_srai_epi32(c, 4), _mm512_srai_epi32(d, 6));
+    return _mm512_add_epi32(_mm512_add_epi32(a, _mm512_srai_epi32(b, 2)), upper);
 }
 
 template <int Bits> void multiply_one(const IntWeight &w, const Input &x, float *y, std::size_t begin, std::size_t end) {
@@ -131,98 +184,129 @@ struct Block {
     std::size_t rows;
 };
 
-template <int Tiles, int Tokens>
-inline void add_group(const IntWeight &w, const Input &x, const Block &block, std::size_t g, const __m512i (&sums)[Tiles][Tokens]) {
-    const bool channel = w.scale_layout == ScaleLayout::channel, fresh = g == 0;
-#pragma GCC unroll 2
-    for (int t = 0; t < Tiles; ++t) {
-        const __mmask16 mask = row_mask(block.rows - std::size_t(t) * kTileRows);
-        const __m512 scale = channel ? _mm512_set1_ps(1.0f) : group_scale(w, block.tile + t, g);
-#pragma GCC unroll 12
-        for (int m = 0; m < Tokens; ++m) {
-            const std::size_t at = (block.token + m) * x.groups + g;
-            __m512i sum = sums[t][m];
-            if (!channel && w.zeros != nullptr) {
-                sum = _mm512_sub_epi32(sum, zero_correction(w, (block.tile + t) * w.groups + g, x.sums + at));
-            }
+// The totals to y: in its place, or on top of what the groups before have left there.
+template <int Tiles, int Tokens> inline void put(const Block &block, const float (&totals)[Tokens][Tiles * kTileRows]) {
+    for (int m = 0; m < Tokens; ++m) {
+        for (int t = 0; t < Tiles; ++t) {
+            const __mmask16 mask = row_mask(block.rows - std::size_t(t) * kTileRows);
             float *to = block.y + m * block.y_stride + t * kTileRows;
-            const __m512 before = fresh ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, to);
-            const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[at]));
-            _mm512_mask_storeu_ps(to, mask, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, before));
+            __m512 total = _mm512_load_ps(totals[m] + t * kTileRows);
+            if (block.first_group != 0) total = _mm512_add_ps(total, _mm512_maskz_loadu_ps(mask, to));
+            _mm512_mask_storeu_ps(to, mask, total);
         }
     }
 }
 
-template <int Bits, int Tiles, int Tokens> void multiply_block(const IntWeight &w, const Input &x, const Block &block) {
-    const std::size_t x_stride = x.groups * w.group;
-    const std::uint8_t *codes = block.codes;
-    for (std::size_t g = block.first_group; g < block.last_group; ++g) {
-        __m512i sums[Tiles][Tokens];
-#pragma GCC unroll 12
-        for (int m = 0; m < Tokens; ++m) {
-            const __m512i start = broadcast4(x.starts + (block.token + m) * x.groups + g);
-            sums[0][m] = _mm512_sll_epi32(start, _mm_cvtsi32_si128(block.start_shift));
-            if constexpr (Tiles == 2) sums[1][m] = sums[0][m];
-        }
-        const std::int8_t *values = x.codes + block.token * x_stride + g * w.group;
-        for (std::size_t k = 0; k < w.group; k += Bits == 4 ? 8 : 4, codes += kLineBytes) {
-            __m512i line[2];
-#pragma GCC unroll 2
-            for (int t = 0; t < Tiles; ++t) line[t] = _mm512_load_si512(codes + t * block.tile_bytes);
-            if constexpr (Bits == 4) {
-                const __m512i mask = _mm512_set1_epi8(0x0f);
-                __m512i low[2];
-#pragma GCC unroll 2
-                for (int t = 0; t < Tiles; ++t) {
-                    low[t] = _mm512_and_si512(line[t], mask);
-                    line[t] = _mm512_and_si512(_mm512_srli_epi32(line[t], 4), mask);
-                }
-#pragma GCC unroll 12
-                for (int m = 0; m < Tokens; ++m) {
-                    const __m512i some = broadcast4(values + m * x_stride + k);
-                    sums[0][m] = _mm512_dpbusd_epi32(sums[0][m], low[0], some);
-                    if constexpr (Tiles == 2) sums[1][m] = _mm512_dpbusd_epi32(sums[1][m], low[1], some);
-                }
-            }
-#pragma GCC unroll 12
-            for (int m = 0; m < Tokens; ++m) {
-                const __m512i some = broadcast4(values + m * x_stride + k + (Bits == 4 ? 4 : 0));
-                sums[0][m] = _mm512_dpbusd_epi32(sums[0][m], line[0], some);
-                if constexpr (Tiles == 2) sums[1][m] = _mm512_dpbusd_epi32(sums[1][m], line[1], some);
-            }
-        }
-        add_group<Tiles, Tokens>(w, x, block, g, sums);
+// Indices as types: the compiler keeps an array in registers when all of its indices are constants before it optimizes anything.
+template <int Value> struct Index {
+    static constexpr int value = Value;
+};
+
+template <int Count, int From = 0, typename Body> inline __attribute__((always_inline)) void each(const Body &body) {
+    if constexpr (From < Count) {
+        body(Index<From>{});
+        each<Count, From + 1>(body);
     }
+}
+
+#define FEWBIT_INLINE __attribute__((always_inline))
+
+template <int Bits, int Tiles, int Tokens> void multiply_block(const IntWeight &w, const Input &x, const Block &block) {
+    const std::size_t x_stride = x.code_stride;
+    const bool channel = w.scale_layout == ScaleLayout::channel;
+    const std::uint8_t *codes = block.codes;
+    alignas(kLineBytes) float totals[Tokens][Tiles * kTileRows] = {};
+    for (std::size_t g = block.first_group; g < block.last_group; ++g) {
+        __m512i sums[Tokens][Tiles];
+        each<Tokens>([&](auto m) FEWBIT_INLINE {
+            const __m512i start = broadcast4(x.starts + (block.token + m.value) * x.groups + g);
+            const __m512i shifted = _mm512_sll_epi32(start, _mm_cvtsi32_si128(block.start_shift));
+            each<Tiles>([&](auto t) FEWBIT_INLINE { sums[m.value][t.value] = shifted; });
+        });
+        const std::int8_t *values = x.codes + block.token * x_stride + g * w.group;
+        const std::int8_t *const end = values + w.group;
+        for (; values != end; values += Bits == 4 ? 8 : 4, codes += kLineBytes) {
+            __m512i lines[Tiles], low[Tiles];
+            each<Tiles>([&](auto t) FEWBIT_INLINE {
+                const __m512i line = _mm512_load_si512(codes + t.value * block.tile_bytes);
+                low[t.value] = Bits == 4 ? field(line, 0x0f) : line;
+                if constexpr (Bits == 4) lines[t.value] = field(_mm512_srli_epi32(line, 4), 0x0f);
+            });
+            each<Tokens>([&](auto m) FEWBIT_INLINE {
+                const __m512i some = broadcast4(values + m.value * x_stride);
+                each<Tiles>([&](auto t) FEWBIT_INLINE { dot_in_place(sums[m.value][t.value], low[t.value], some); });
+            });
+            if constexpr (Bits == 4) {
+                each<Tokens>([&](auto m) FEWBIT_INLINE {
+                    const __m512i some = broadcast4(values + m.value * x_stride + 4);
+                    each<Tiles>([&](auto t) FEWBIT_INLINE { dot_in_place(sums[m.value][t.value], lines[t.value], some); });
+                });
+            }
+        }
+        each<Tiles>([&](auto t) FEWBIT_INLINE {
+            const __m512 scale = channel ? _mm512_set1_ps(1.0f) : group_scale(w, block.tile + t.value, g);
+            each<Tokens>([&](auto m) FEWBIT_INLINE {
+                const std::size_t at = (block.token + m.value) * x.groups + g;
+                __m512i sum = sums[m.value][t.value];
+                if (!channel && w.zeros != nullptr) {
+                    sum = _mm512_sub_epi32(sum, zero_correction(w, (block.tile + t.value) * w.groups + g, x.sums + at));
+                }
+                float *to = totals[m.value] + t.value * kTileRows;
+                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[at]));
+                _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, _mm512_load_ps(to)));
+            });
+        });
+    }
+    put<Tiles, Tokens>(block, totals);
 }
 
 using BlockFunction = void (*)(const IntWeight &, const Input &, const Block &);
 
-template <int Bits, int Tiles>
+template <int Bits>
 constexpr BlockFunction kBlocks[kTokens] = {
-    multiply_block<Bits, Tiles, 1>, multiply_block<Bits, Tiles, 2>,  multiply_block<Bits, Tiles, 3>,  multiply_block<Bits, Tiles, 4>,
-    multiply_block<Bits, Tiles, 5>, multiply_block<Bits, Tiles, 6>,  multiply_block<Bits, Tiles, 7>,  multiply_block<Bits, Tiles, 8>,
-    multiply_block<Bits, Tiles, 9>, multiply_block<Bits, Tiles, 10>, multiply_block<Bits, Tiles, 11>, multiply_block<Bits, Tiles, 12>};
+    multiply_block<Bits, 2, 1>, multiply_block<Bits, 2, 2>,  multiply_block<Bits, 2, 3>,  multiply_block<Bits, 2, 4>,
+    multiply_block<Bits, 2, 5>, multiply_block<Bits, 2, 6>,  multiply_block<Bits, 2, 7>,  multiply_block<Bits, 2, 8>,
+    multiply_block<Bits, 2, 9>, multiply_block<Bits, 2, 10>, multiply_block<Bits, 2, 11>, multiply_block<Bits, 2, 12>};
+
+// For a last tile without a neighbour, which is rare: few sizes, or compiling them takes as long as all the others.
+constexpr std::size_t kLoneTokens = 3;
+template <int Bits>
+constexpr BlockFunction kLoneBlocks[kLoneTokens] = {multiply_block<Bits, 1, 1>, multiply_block<Bits, 1, 2>, multiply_block<Bits, 1, 3>};
 
 // All tokens in register blocks of about equal size.
 template <int Bits> void all_tokens(const IntWeight &w, const Input &x, Block block) {
-    const std::size_t blocks = (x.rows + kTokens - 1) / kTokens;
+    const bool lone = block.rows <= kTileRows;
+    const std::size_t most = lone ? kLoneTokens : kTokens, blocks = (x.rows + most - 1) / most;
     float *const y = block.y;
     for (std::size_t i = 0; i < blocks; ++i) {
         block.token = x.rows * i / blocks;
         block.y = y + block.token * block.y_stride;
         const std::size_t tokens = x.rows * (i + 1) / blocks - block.token;
-        const BlockFunction run = block.rows > kTileRows ? kBlocks<Bits, 2>[tokens - 1] : kBlocks<Bits, 1>[tokens - 1];
-        run(w, x, block);
+        (lone ? kLoneBlocks<Bits> : kBlocks<Bits>)[tokens - 1](w, x, block);
     }
 }
 
-// INT4 lines to INT8 lines.
-void spread(const std::uint8_t *codes, std::size_t lines, std::uint8_t *out) {
-    const __m512i mask = _mm512_set1_epi8(0x0f);
-    for (std::size_t i = 0; i < lines; ++i, codes += kLineBytes, out += 2 * kLineBytes) {
-        const __m512i line = _mm512_load_si512(codes);
-        _mm512_store_si512(out, _mm512_and_si512(line, mask));
-        _mm512_store_si512(out + kLineBytes, _mm512_and_si512(_mm512_srli_epi32(line, 4), mask));
+// Lines of packed codes to lines of bytes with offset 8. `lines` are those of the packed codes.
+template <int Bits> void spread(const std::uint8_t *codes, std::size_t lines, std::uint8_t *out) {
+    const auto put = [&out](__m512i line, int mask, int add) {
+        _mm512_store_si512(out, _mm512_add_epi8(field(line, mask), _mm512_set1_epi8(char(add))));
+        out += kLineBytes;
+    };
+    if constexpr (Bits == 3) {
+        for (std::size_t i = 0; i < lines; i += 3, codes += 3 * kLineBytes) {
+            const __m512i third = line_at(codes, 2);
+            for (std::size_t j = 0; j < 3; ++j) {
+                put(line_at(codes, j), 0x07, 4);
+                put(_mm512_srli_epi32(line_at(codes, j), 3), 0x07, 4);
+            }
+            put(_mm512_srli_epi32(join(line_at(codes, 0), _mm512_srli_epi32(third, 1)), 5), 0x07, 4);
+            put(_mm512_srli_epi32(join(line_at(codes, 1), _mm512_srli_epi32(third, 2)), 5), 0x07, 4);
+        }
+    } else {
+        constexpr int kFields = 8 / Bits, kMask = (1 << Bits) - 1, kAdd = 8 - (1 << (Bits - 1));
+        for (std::size_t i = 0; i < lines; ++i, codes += kLineBytes) {
+            for (int f = 0; f < kFields; ++f) put(_mm512_srli_epi32(line_at(codes, 0), unsigned(f * Bits)), kMask, kAdd);
+        }
     }
 }
 
@@ -240,10 +324,11 @@ void finish_channels(const IntWeight &w, const Input &x, const Block &block) {
 
 template <int Bits>
 void multiply_some(const IntWeight &w, const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end) {
+    constexpr bool kDirect = Bits == 4 || Bits == 8; // multiply_block reads these without help
     const std::size_t group_bytes = w.group * kTileRows * Bits / 8, tile_bytes = w.groups * group_bytes;
-    const bool spreads = Bits == 4 && x.rows > kTokens && w.group <= kBlock;
-    const std::size_t step = spreads ? kBlock / w.group : w.groups;
-    alignas(kLineBytes) std::uint8_t scratch[Bits == 4 ? 2 * kTileRows * kBlock : 1];
+    const bool spreads = !kDirect || (Bits == 4 && x.rows > kDirectTokens && w.group <= kBlock);
+    const std::size_t step = spreads || (x.rows > kTokens && w.group <= kBlock) ? kBlock / w.group : w.groups;
+    alignas(kLineBytes) std::uint8_t scratch[Bits != 8 ? 2 * kTileRows * kBlock : 1];
     for (std::size_t first = begin; first < end; first += 2 * kTileRows) {
         Block block{};
         block.tile = first / kTileRows;
@@ -251,7 +336,7 @@ void multiply_some(const IntWeight &w, const Input &x, float *y, std::size_t y_s
         block.y = y + first;
         block.y_stride = y_stride;
         block.tile_bytes = tile_bytes;
-        block.start_shift = Bits == 4 ? 0 : 4;
+        block.start_shift = Bits == 8 ? 4 : 0;
         for (std::size_t g = 0; g < w.groups; g += step) {
             block.first_group = g;
             block.last_group = least(g + step, w.groups);
@@ -259,13 +344,13 @@ void multiply_some(const IntWeight &w, const Input &x, float *y, std::size_t y_s
             if (spreads) {
                 const std::size_t bytes = (block.last_group - g) * group_bytes;
                 for (std::size_t t = 0; t * kTileRows < block.rows; ++t) {
-                    spread(block.codes + t * tile_bytes, bytes / kLineBytes, scratch + t * 2 * bytes);
+                    spread<Bits == 8 ? 4 : Bits>(block.codes + t * tile_bytes, bytes / kLineBytes, scratch + t * (bytes * 8 / Bits));
                 }
                 block.codes = scratch;
-                block.tile_bytes = 2 * bytes;
+                block.tile_bytes = bytes * 8 / Bits;
                 all_tokens<8>(w, x, block);
             } else {
-                all_tokens<Bits>(w, x, block);
+                all_tokens<kDirect ? Bits : 8>(w, x, block);
             }
         }
         if (w.scale_layout == ScaleLayout::channel) finish_channels(w, x, block);
@@ -281,7 +366,7 @@ void multiply(const IntWeight &w, const Input &x, float *y, std::size_t y_stride
     }
 }
 
-constexpr IntKernels kKernels{"avx512-vnni", multiply<4>, multiply<8>};
+constexpr IntKernels kKernels{"avx512-vnni", multiply<2>, multiply<3>, multiply<4>, multiply<8>};
 
 } // namespace
 

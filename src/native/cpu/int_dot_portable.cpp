@@ -33,19 +33,25 @@ std::int32_t zero_of(const IntWeight &w, std::size_t tile, std::size_t group, st
     return w.zeros[line * kTileRows + row];
 }
 
+// The code of byte `at` of a line that holds columns 4 i + j, for i of a stretch of 32 columns; `codes` are the lines of the stretch.
+template <int Bits> int code_of(const std::uint8_t *codes, std::size_t at, std::size_t i) {
+    if constexpr (Bits == 3) {
+        const int a = codes[at], b = codes[kLineBytes + at], c = codes[2 * kLineBytes + at];
+        if (i == 6) return a >> 6 << 1 | (c >> 6 & 1);
+        if (i == 7) return b >> 6 << 1 | c >> 7;
+        return codes[i / 2 * kLineBytes + at] >> (i % 2 * 3) & 7;
+    } else {
+        constexpr std::size_t kFields = 8 / Bits;
+        return codes[i / kFields * kLineBytes + at] >> (i % kFields * Bits) & ((1 << Bits) - 1);
+    }
+}
+
 // sums[r] += sum of c * x over one group of a tile.
 template <int Bits> void dot(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, std::int32_t *sums) {
-    constexpr std::size_t kColumns = Bits == 4 ? 8 : 4; // of a line
-    for (std::size_t at = 0; at < columns; at += kColumns, codes += kLineBytes) {
-        for (std::size_t r = 0; r < kTileRows; ++r) {
-            for (std::size_t j = 0; j < 4; ++j) {
-                const std::uint8_t byte = codes[4 * r + j];
-                if (Bits == 4) {
-                    sums[r] += (byte & 15) * x[at + j] + (byte >> 4) * x[at + 4 + j];
-                } else {
-                    sums[r] += byte * x[at + j];
-                }
-            }
+    constexpr std::size_t kStretch = 32; // columns
+    for (std::size_t k = 0; k < columns; k += kStretch, codes += kStretch * kTileRows * Bits / 8) {
+        for (std::size_t i = 0; i < kStretch / 4 && k + 4 * i < columns; ++i) {
+            for (std::size_t at = 0; at < kLineBytes; ++at) sums[at / 4] += code_of<Bits>(codes, at, i) * x[k + 4 * i + at % 4];
         }
     }
 }
@@ -61,7 +67,7 @@ void multiply(const IntWeight &w, const Input &x, float *y, std::size_t y_stride
             for (std::size_t g = 0; g < w.groups; ++g) {
                 const std::size_t at = m * w.groups + g;
                 std::int32_t sums[kTileRows] = {};
-                dot<Bits>(w.codes + (tile * w.groups + g) * group_bytes, x.codes + at * w.group, w.group, sums);
+                dot<Bits>(w.codes + (tile * w.groups + g) * group_bytes, x.codes + m * x.code_stride + g * w.group, w.group, sums);
                 for (std::size_t r = 0; r < rows; ++r) {
                     const std::int32_t sum = sums[r] - (kOffset + zero_of(w, tile, g, r)) * x.sums[at];
                     result[r] += scale_of(w, tile, g, r) * x.scales[at] * float(sum);
@@ -75,7 +81,7 @@ void multiply(const IntWeight &w, const Input &x, float *y, std::size_t y_stride
 } // namespace
 
 const IntKernels &int_kernels_portable() {
-    static const IntKernels kernels{"portable", multiply<4>, multiply<8>};
+    static const IntKernels kernels{"portable", multiply<2>, multiply<3>, multiply<4>, multiply<8>};
     return kernels;
 }
 

@@ -2,6 +2,10 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fewbit {
 namespace {
 
@@ -10,12 +14,23 @@ bool has_avx512_vnni() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
+
+// Asked of the CPU itself: compilers have learned the name only lately.
+bool has_avx_vnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
 #endif
 
 std::vector<const IntKernels *> available() {
     std::vector<const IntKernels *> found;
 #if defined(__x86_64__)
-    if (has_avx512_vnni()) found.push_back(&int_kernels_avx512_vnni());
+    if (has_avx512_vnni()) {
+        found.push_back(&int_kernels_avx512_vnni());
+        found.push_back(&int_kernels_avx512vl_vnni());
+    }
+    if (has_avx_vnni()) found.push_back(&int_kernels_avx_vnni());
+    if (__builtin_cpu_supports("avx2")) found.push_back(&int_kernels_avx2());
 #endif
     found.push_back(&int_kernels_portable());
     return found;
@@ -34,11 +49,11 @@ class IntLinear final : public Linear {
         : Linear(weight.out_features, options.in_features), weight_(weight), bits_(options.bits),
           format_{InputKind::int8_groups, weight.group, options.range, options.static_scale} {
         const IntKernels &kernels = choose(options.instruction_set);
-        multiply_ = bits_ == 4 ? kernels.int4 : kernels.int8;
+        multiply_ = bits_ == 2 ? kernels.int2 : bits_ == 3 ? kernels.int3 : bits_ == 4 ? kernels.int4 : kernels.int8;
     }
 
     InputFormat input_format(std::size_t) const override { return format_; }
-    std::size_t tile() const override { return kTileRows; }
+    std::size_t tile() const override { return 2 * kTileRows; } // pairs of tiles share their inputs
 
     std::size_t bytes() const override {
         const std::size_t tiles = (out_features + kTileRows - 1) / kTileRows, groups = weight_.groups;
@@ -68,8 +83,10 @@ std::vector<std::string> int_instruction_sets() {
 }
 
 std::unique_ptr<Linear> make_int_linear(const IntWeight &weight, const IntLinearOptions &options) {
-    if (options.bits != 4 && options.bits != 8) throw std::invalid_argument("integer weights have 4 or 8 bits");
-    if (weight.group == 0 || weight.group % 8 != 0) throw std::invalid_argument("a group is not a multiple of 8 columns");
+    if (options.bits != 2 && options.bits != 3 && options.bits != 4 && options.bits != 8) {
+        throw std::invalid_argument("integer weights have 2, 3, 4 or 8 bits");
+    }
+    if (weight.group == 0 || weight.group % 32 != 0) throw std::invalid_argument("a group is not a multiple of 32 columns");
     if (weight.groups != (options.in_features + weight.group - 1) / weight.group) {
         throw std::invalid_argument("the groups do not cover in_features");
     }

@@ -14,7 +14,7 @@ namespace fewbit {
 std::vector<std::string> int_instruction_sets();
 
 struct IntLinearOptions {
-    int bits = 4;               // 4 or 8
+    int bits = 4;               // 2, 3, 4 or 8
     std::size_t in_features = 0;
     float range = 127.0f;       // of the input's format
     float static_scale = 0.0f;

@@ -29,6 +29,7 @@ struct Input {
     const float *values = nullptr;       // float32: [rows, columns], rows `stride` values apart
     std::size_t stride = 0;
     const std::int8_t *codes = nullptr;  // int8_groups: [rows, groups * group]; 64 bytes and more may be read behind the last
+    std::size_t code_stride = 0;         // bytes from one row of codes to the next: an odd number of cache lines, or rows share cache sets
     const float *scales = nullptr;       // [rows, groups]; NaN where a value of the group is NaN or infinite
     const std::int32_t *sums = nullptr;  // [rows, groups], of the codes
     const std::int32_t *starts = nullptr; // [rows, groups], -8 * sums: where the sums of unsigned INT4 codes with offset 8 start

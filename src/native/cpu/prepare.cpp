@@ -66,7 +66,9 @@ void PreparedInput::reshape(const InputFormat &format, std::size_t rows, std::si
     }
     if (format.group == 0 || format.group % 8 != 0) throw std::invalid_argument("a group of inputs is not a multiple of 8");
     input_.groups = (columns + format.group - 1) / format.group;
-    codes_.reserve(rows * input_.groups * format.group);
+    input_.code_stride = (input_.groups * format.group + kLine - 1) / kLine * kLine;
+    if (input_.code_stride / kLine % 2 == 0) input_.code_stride += kLine;
+    codes_.reserve(rows * input_.code_stride);
     scales_.reserve(rows * input_.groups * sizeof(float));
     sums_.reserve(rows * input_.groups * sizeof(std::int32_t));
     starts_.reserve(rows * input_.groups * sizeof(std::int32_t));
@@ -120,7 +122,7 @@ void PreparedInput::fill_row(const Rows &x, const Norm &norm, std::size_t row, c
 void PreparedInput::quantize(std::size_t row, std::size_t group, const float *values, std::size_t count) {
     const InputFormat &format = input_.format;
     const std::size_t at = row * input_.groups + group;
-    std::int8_t *codes = static_cast<std::int8_t *>(codes_.data()) + at * format.group;
+    std::int8_t *codes = static_cast<std::int8_t *>(codes_.data()) + row * input_.code_stride + group * format.group;
     float *scale = static_cast<float *>(scales_.data()) + at;
     const std::int32_t sum = row_kernels().quantize(values, count, format.group, format.range, format.static_scale, codes, scale);
     static_cast<std::int32_t *>(sums_.data())[at] = sum;
@@ -137,7 +139,7 @@ Input PreparedInput::rows(std::size_t begin, std::size_t count) const {
     part.rows = count;
     if (part.values != nullptr) part.values += begin * part.stride;
     if (part.codes != nullptr) {
-        part.codes += begin * part.groups * part.format.group;
+        part.codes += begin * part.code_stride;
         part.scales += begin * part.groups;
         part.sums += begin * part.groups;
         part.starts += begin * part.groups;

@@ -62,8 +62,8 @@ def check(kernel: CpuIntActivations, x: torch.Tensor, weight: QuantizedTensor, b
 
 SPECS = [
     QuantSpec(bits, strategy="channel" if group is None else "group", group_size=group, symmetric=symmetric, scale_dtype=dtype)
-    for bits in (4, 8)
-    for group in (32, 64, 128, 256, None)
+    for bits in (2, 3, 4, 8)
+    for group in (32, 128, 256, None)
     for symmetric in (True, False)
     for dtype in ("bfloat16", "float16")
 ]
@@ -84,7 +84,7 @@ def test_against_the_definition(spec, instruction_set):
     out=st.integers(1, 100),
     columns=st.integers(1, 300),
     tokens=st.integers(1, 130),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     group=st.sampled_from([None, None, 32, 64, 96, 128]),
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
@@ -99,7 +99,7 @@ def test_any_shape(instruction_set, out, columns, tokens, bits, group, symmetric
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_largest_products_do_not_overflow(bits, instruction_set):
     """All codes at the ends of their ranges: 16-bit intermediate sums would saturate."""
     spec = QuantSpec(bits, strategy="group", group_size=128)
@@ -154,7 +154,7 @@ def test_strides_do_not_matter():
     assert kernel.apply(x, packed, None, request).shape == (2, 3, 40)
 
 
-@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
 def test_tiling_is_undone(num_bits):
     values = torch.randint(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1), (37, 50), dtype=torch.int8)
     lines = tile_codes(values, num_bits, 64)

@@ -1,4 +1,4 @@
-"""INT4 and INT8 weights times activations that are quantized to INT8 on the fly: fewbit's fastest CPU kernels for low batch and prefill.
+"""Integer weights times activations that are quantized to INT8 on the fly: fewbit's fastest CPU kernels for low batch and prefill.
 
     s_x[m, g] = max_{k in g} |x[m, k]| / 127           q_x = round(x / s_x)             one scale per token and group of 32 to 128 columns
     y[m, n]   = sum_g s_x[m, g] * s_w[n, g] * sum_{k in g} q_x[m, k] * (q_w[n, k] - z[n, g])
@@ -9,8 +9,8 @@ are 16 bits wide. `tests/kernels/cpu` bounds the extra error; a report names the
 
 llama.cpp (Q8_0 blocks of 32), ONNX Runtime (accuracy level 4) and OpenVINO (dynamic quantization) compute this way, too.
 
-Resident: codes as `cpu.tiles` lays them out, 4 or 8 bits a weight; scales BF16 in pairs of groups, or float32 where BF16 would round them;
-zero points a byte each. INT4 g128 symmetric: 4.125 bits a weight.
+Resident: codes as `cpu.tiles` lays them out, 2, 3, 4 or 8 bits a weight; scales BF16 in pairs of groups, or float32 where
+BF16 would round them; zero points a byte each. INT4 g128 symmetric: 4.125 bits a weight.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _INPUT_GROUPS = (128, 64, 32)
 
 
 class CpuIntActivations(Kernel):
-    """INT4 or INT8 weights, symmetric and affine, in groups that 32 divides or per channel; inputs quantized to INT8 in groups; CPU.
+    """Weights of 2, 3, 4 or 8 bits, symmetric and affine, in groups that 32 divides or per channel; inputs quantized to INT8 in groups.
 
     Args:
-        num_bits: of the weights, 4 or 8.
+        num_bits: of the weights, 2, 3, 4 or 8.
         instruction_set: one of `_native.int_instruction_sets()`, for tests; empty: the best that the CPU has.
     """
 
