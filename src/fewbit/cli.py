@@ -304,7 +304,7 @@ def quantize(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Who is to load it: compressed-tensors, gptq, gptq_v2, awq or gguf.",
+            help="Who is to load it: compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao or modelopt.",
         ),
     ] = "compressed-tensors",
     group_size: Annotated[
@@ -396,7 +396,7 @@ def convert(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="compressed-tensors, gptq, gptq_v2, awq or gguf; dense or dense-float32 to dequantize.",
+            help="compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao or modelopt; dense or dense-float32 to dequantize.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory, or FILE.gguf; it appears when it is whole.")],

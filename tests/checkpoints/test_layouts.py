@@ -48,9 +48,7 @@ def write(directory: Path, layout: Layout, scheme: Scheme, linears: dict[str, Qu
     tensors = {name: tensor for prefix, q in linears.items() for name, tensor in layout.write_linear(prefix, q, scheme).items()}
     write_tensors(directory / "made.safetensors", tensors)
     files = SafetensorsFiles(directory / "made.safetensors")
-    metadata = layout.metadata(
-        {p: q.spec for p, q in linears.items()}, {p: q.shape for p, q in linears.items()}, [f"{p}.weight" for p in linears]
-    )
+    metadata = layout.metadata(scheme, {p: q.shape for p, q in linears.items()}, [f"{p}.weight" for p in linears])
     copy_into_shards(directory, [(name, files.entry(name)) for name in files.names()], metadata=metadata)
     (directory / "made.safetensors").unlink()
     fields = layout.config_fields(scheme, ["lm_head"])
@@ -88,8 +86,25 @@ INVENTORY_SCHEMES = {
     "gptqmodel_gptq3": ("gptq", "W3A16"),
     "gptqmodel_gptq8": ("gptq", "W8A16-G128"),
     "gptqmodel_gptq4_v2": ("gptq_v2", "W4A16"),
+    "bnb_nf4": ("bitsandbytes", "NF4"),
+    "bnb_int8": ("bitsandbytes", "LLM-INT8"),
+    "torchao_int8wo": ("torchao", "W8A16"),
+    "torchao_int8dyn": ("torchao", "W8A8"),
+    "torchao_fp8wo": ("torchao", "FP8A16"),
+    "torchao_intx4": ("torchao", "W4A16-G32"),
+    "modelopt_fp8_pc_pt": ("modelopt", "FP8"),
     "autoround_ar4_gptq": ("gptq", "W4A16"),
     "autoround_ar4_awq": ("awq", "W4A16"),
+}
+# what config.json says, besides the names of tools and of linears that are left out
+SAID = {
+    "bnb_nf4": ("bitsandbytes", "NF4"),
+    "bnb_int8": ("bitsandbytes", "LLM-INT8"),
+    "torchao_int8wo": ("torchao", "W8A16"),
+    "torchao_int8dyn": ("torchao", "W8A8"),
+    "torchao_fp8wo": ("torchao", "FP8A16"),
+    "torchao_intx4": ("torchao", "W4A16-G32"),
+    "modelopt_fp8_pc_pt": ("modelopt", "FP8"),
 }
 
 
@@ -105,11 +120,29 @@ def test_names_dtypes_and_shapes_are_those_of_other_tools(inventory: str) -> Non
     assert ours == INVENTORIES[inventory]["tensors"]
 
 
+@pytest.mark.parametrize("inventory", SAID)
+def test_config_json_says_what_other_tools_say(inventory: str) -> None:
+    name, scheme = SAID[inventory]
+    layout = get_layout(name)
+    ours = layout.config_fields(layout.stored(get_scheme(scheme)), [])
+    theirs = INVENTORIES[inventory]["quantization_config"]
+    own = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore", "producer", "bnb_4bit_compute_dtype")
+
+    def plain(value: Any) -> Any:
+        return {k: plain(v) for k, v in value.items() if k not in (*own, "_version")} if isinstance(value, dict) else value
+
+    assert plain(ours) == plain(theirs)
+
+
 @pytest.mark.parametrize("inventory", [name for name, row in INVENTORIES.items() if row["quantization_config"]])
 def test_other_tools_checkpoints_have_a_reader_that_knows_their_linears(inventory: str, tmp_path: Path) -> None:
     row = INVENTORIES[inventory]
     dtypes = {name: dtype for dtype, name in NAMES.items()}
     tensors = {name: torch.zeros(shape, dtype=dtypes[dtype]) for name, (dtype, shape) in row["tensors"].items()}
+    for name in tensors:
+        if ".quant_state." in name:  # JSON as bytes
+            state = {"quant_type": name[-3:], "blocksize": 64, "shape": [256, 256], "nested_offset": 0.0}
+            tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     write_tensors(tmp_path / "model.safetensors", tensors)
     try:
         reader = quantized_reader(tmp_path, row["quantization_config"])

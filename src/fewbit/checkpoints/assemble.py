@@ -21,7 +21,7 @@ from fewbit.checkpoints.layout import Layout
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles, TensorEntry
 from fewbit.checkpoints.shards import MAX_SHARD_BYTES, copy_into_shards, write_tensors
 from fewbit.errors import OutputError
-from fewbit.formats.spec import QuantSpec, Scheme
+from fewbit.formats.spec import Scheme
 from fewbit.formats.tensor import QuantizedTensor
 
 __all__ = ["Feed", "Spool", "write_shards"]
@@ -125,7 +125,6 @@ def write_shards(
     """
     waiting = Spool(spool)
     order: list[tuple[str, TensorEntry | None]] = []
-    specs: dict[str, QuantSpec] = {}
     shapes: dict[str, tuple[int, int]] = {}
     try:
         for done, name in enumerate(feed.names):
@@ -134,7 +133,7 @@ def write_shards(
             prefix = name.removesuffix(".weight")
             if name.endswith(".weight") and prefix in feed.quantized:
                 q = feed.linear(prefix)
-                specs[prefix], shapes[prefix] = q.spec, q.shape
+                shapes[prefix] = q.shape
                 tensors = layout.write_linear(prefix, q, scheme)
             elif (entry := feed.entry(name)) is not None:
                 order.append((name, entry))
@@ -145,7 +144,7 @@ def write_shards(
             order += [(part, None) for part in tensors]
         entries = waiting.entries()
         pieces = [(name, entries[name] if entry is None else entry) for name, entry in order]
-        total = copy_into_shards(directory, pieces, max_shard_bytes, layout.metadata(specs, shapes, feed.names))
+        total = copy_into_shards(directory, pieces, max_shard_bytes, layout.metadata(scheme, shapes, feed.names))
     finally:
         waiting.clear()
     written = SafetensorsFiles(directory)

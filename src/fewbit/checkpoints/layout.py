@@ -121,11 +121,12 @@ class Layout(ABC):
         """Further JSON files that readers of the layout look for, by name."""
         return {}
 
-    def metadata(self, linears: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, int]], names: Sequence[str]) -> dict[str, str]:
+    def metadata(self, scheme: Scheme, shapes: Mapping[str, tuple[int, int]], names: Sequence[str]) -> dict[str, str]:
         """What the safetensors header says besides the tensors.
 
         Args:
-            linears, shapes: the quantized linears by dotted name.
+            scheme: as `stored` gives it.
+            shapes: of the quantized linears, by dotted name.
             names: every tensor of the model by its high-precision name.
         """
         return {}

@@ -26,6 +26,9 @@ LAYOUTS: Mapping[str, tuple[str, str, tuple[Any, ...]]] = {
     "awq": ("awq", "AwqLayout", ()),
     "fewbit": ("own", "OwnLayout", ()),
     "gguf": ("gguf", "GgufLayout", ()),
+    "bitsandbytes": ("bitsandbytes", "BitsAndBytesLayout", ()),
+    "torchao": ("torchao", "TorchAOLayout", ()),
+    "modelopt": ("modelopt", "ModelOptLayout", ()),
     "dense": ("dense", "DenseLayout", (torch.bfloat16,)),
     "dense-float32": ("dense", "DenseLayout", (torch.float32,)),
 }
@@ -36,6 +39,9 @@ _READERS: Mapping[str, tuple[str, str]] = {
     "gptq": ("gptq", "GptqReader"),
     "awq": ("awq", "AwqReader"),
     "fewbit": ("own", "OwnReader"),
+    "bitsandbytes": ("bitsandbytes", "BitsAndBytesReader"),
+    "torchao": ("torchao", "TorchAOReader"),
+    "modelopt": ("modelopt", "ModelOptReader"),
 }
 
 # AutoRound's packing_format -> whose layout it is
