@@ -504,6 +504,7 @@ def plan(
     ] = "",
     cost: Annotated[bool, typer.Option("--cost", help="Estimate memory, disk and time of making the checkpoint on this machine.")] = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the classes of tensors here.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw memory against context and batch here.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every class, with risks and fallbacks.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -523,6 +524,7 @@ def plan(
         head_dim=head_dim,
         method=method,
         cost=cost,
+        figure=svg,
     )
     if csv is not None:
         from fewbit.report.files import write_text

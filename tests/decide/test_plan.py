@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
@@ -137,3 +138,12 @@ def _grouped(size: int) -> QuantSpec:
     weights = get_scheme("W4A16").weights
     assert weights is not None
     return replace(weights, group_size=size)
+
+
+def test_the_figure_of_a_plan(tmp_path: Path) -> None:
+    plan_model("qwen2.5-7b", kv="KV-INT8", hardware="jetson-orin-nx-16gb", batch=16, figure=tmp_path / "memory.svg")
+    svg = (tmp_path / "memory.svg").read_text(encoding="utf-8")
+    assert svg.startswith("<svg") and "Jetson Orin NX 16GB, 17.2 GB" in svg
+    assert all(f"batch {count}" in svg for count in (1, 4, 16, 64))
+    plan_model("7e9", figure=tmp_path / "bare.svg")  # neither device nor cache
+    assert "memory (GB)" in (tmp_path / "bare.svg").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from fewbit.decide.decision import Candidate, Cell, DecideResults
 from fewbit.decide.scene import SCENE_CONSTANTS
 from fewbit.predict.prediction import Estimate
 from fewbit.report.decide_figures import decide_figures
-from fewbit.report.decide_table import decide_csv
+from fewbit.report.decide_table import decide_csv, loss_text
 from fewbit.report.figures import RenderedFigure
 from fewbit.report.files import write_text
 from fewbit.report.numbers import MISSING, format_figure
@@ -103,7 +103,8 @@ def _loss(one: Candidate) -> _Figure:
     loss = one.quality.loss_percent
     if loss.value == 0:
         return _Figure("0")
-    return _Figure(f"{loss.value:+.2g}", f"{loss.low:+.2g} to {loss.high:+.2g}{'' if one.quality.measured else ', prior'}")
+    low, high = loss_text(loss.low), loss_text(loss.high)
+    return _Figure(loss_text(loss.value), f"{low} to {high}{'' if one.quality.measured else ', prior'}")
 
 
 def render_decide_page(

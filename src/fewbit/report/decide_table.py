@@ -13,7 +13,7 @@ from fewbit.decide.decision import Candidate, Cell, DecideResults
 from fewbit.predict.prediction import Estimate
 from fewbit.report.numbers import MISSING, format_figure
 
-__all__ = ["decide_csv", "render_decide"]
+__all__ = ["decide_csv", "loss_text", "render_decide"]
 
 _COLUMNS = (
     *("model", "hardware", "verdict", "candidate", "weights", "kv_cache", "status", "acceptable", "pareto"),
@@ -74,6 +74,11 @@ def _figures(one: Candidate) -> list[str]:
     return [memory, _range(time.ms_per_token), _range(time.tokens_per_s), _range(time.speedup_over_bf16)]
 
 
+def loss_text(percent: float) -> str:
+    """A loss in percent with two digits: +0.05, +2.4, +100."""
+    return f"{percent:+.0f}" if abs(percent) >= 10 else f"{percent:+.2g}"
+
+
 def _range(estimate: Estimate) -> str:
     value, low, high = (format_figure(one, "ms") for one in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
@@ -113,7 +118,7 @@ def _candidates(cell: Cell, *, verbose: bool) -> Table:
         time = one.time
         memory, *speeds = _figures(one)
         loss = one.quality.loss_percent
-        text = "0" if loss.value == 0 and one.quality.measured else f"{loss.value:+.2g}" + ("" if one.quality.measured else " (prior)")
+        text = "0" if loss.value == 0 else loss_text(loss.value) + ("" if one.quality.measured else " (prior)")
         path = f"{one.runtime}, {one.path}" if one.runtime else MISSING
         ttft = MISSING if time is None else format_figure(time.ttft_ms.value, "ms")
         mark = " ".join(filter(None, [_MARKS[one.status], "pareto" if one.pareto else ""]))

@@ -34,6 +34,7 @@ def plan_model(
     head_dim: int = 0,
     method: str = "",
     cost: bool = False,
+    figure: Path | None = None,
 ) -> PlanResults:
     """What a scheme makes of a model.
 
@@ -46,7 +47,10 @@ def plan_model(
         method: how the numbers are chosen, for the cost; a scheme's usual method when empty.
         cost: estimate memory, disk and time of producing the checkpoint; this measures the machine for two seconds.
 
+        figure: an SVG file for memory against context and batch; None draws nothing.
+
     Raises:
+        OutputError: `figure` cannot be written.
         UsageError: an unknown scheme, device or cache format, or sizes that are not positive.
         ModelError, CheckpointError: as `models.inventory_sources.read_inventory`.
         FormatError: a group size that does not divide a linear.
@@ -60,6 +64,11 @@ def plan_model(
     device = get_hardware(hardware, file=hardware_file) if hardware is not None else None
     inventory = read_inventory(model, layers=layers, kv_heads=kv_heads, head_dim=head_dim)
     result = make_plan(inventory, resolved, cached, device, batch=batch, context=context)
+    if figure is not None:
+        from fewbit.report.files import write_text  # and matplotlib, which a plan in the terminal does not need
+        from fewbit.report.plan_figures import memory_figure
+
+        write_text(figure, memory_figure(inventory, resolved, cached, device, batch=batch, context=context).svg + "\n")
     if not cost:
         return result
     estimate, note = _cost(inventory, model, resolved, method)
