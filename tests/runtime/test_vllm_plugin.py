@@ -90,7 +90,10 @@ def test_merged_linears_compute_what_the_dequantized_weights_do(config: type[Any
     assert not list(layer.parameters())
     x = torch.randint(0, 2, (5, 128), generator=generator).float() * 2 - 1
     bias = torch.randn(sum(sizes), generator=generator)
-    torch.testing.assert_close(method.apply(layer, x, bias), x @ torch.cat(parts).T + bias, rtol=1e-3, atol=1e-2)
+    weight = torch.cat(parts)
+    roundings = 2.0**-10 if get_scheme(scheme).input_activations is None else 2.0**-5  # kernels for 8-bit inputs may answer in BF16
+    difference = (method.apply(layer, x, bias) - (x @ weight.T + bias)).abs()
+    assert bool((difference <= roundings * weight.norm(dim=1)).all())
 
 
 def test_ignored_linears_stay_and_half_ignored_ones_are_refused(config: type[Any]) -> None:
