@@ -13,7 +13,8 @@ from fewbit.kernels.onednn_w8a8 import OneDnnW8A8
 from fewbit.kernels.reference import ReferenceKernel
 from fewbit.kernels.torch_int4pack import TorchInt4Pack
 from fewbit.kernels.torch_int8pack import TorchInt8Pack
-from fewbit.kernels.triton.linear import TritonWeightOnly
+from fewbit.kernels.triton.linear import TritonUnfused, TritonWeightOnly
+from fewbit.kernels.triton.w8a8 import TritonLlmInt8, TritonW8A8
 
 __all__ = ["KERNELS", "UNFUSED", "select"]
 
@@ -27,6 +28,9 @@ KERNELS: tuple[Kernel, ...] = (
     TorchInt8Pack(),
     OneDnnW8A8(),
     TritonWeightOnly(),
+    TritonW8A8(),
+    TritonLlmInt8(),
+    TritonUnfused(),
     ReferenceKernel(),
 )
 UNFUSED = "unfused"

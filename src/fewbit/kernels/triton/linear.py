@@ -1,4 +1,4 @@
-"""Weight-only quantized linears on NVIDIA GPUs: codes are read packed and dequantized in registers."""
+"""Weight-only quantized linears on NVIDIA GPUs: codes are read packed and unpacked in registers; and the unfused path beside them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import torch
 
 from fewbit.errors import FormatError
 from fewbit.formats.tensor import QuantizedTensor
-from fewbit.kernels.base import Kernel, KernelRequest
+from fewbit.kernels.base import KernelRequest
 from fewbit.kernels.triton.environment import refuse_device
-from fewbit.kernels.triton.layout import layout_of, pack
-from fewbit.kernels.triton.tuning import tiles_for
+from fewbit.kernels.triton.gpu_kernel import GpuKernel, Rows
+from fewbit.kernels.triton.layout import ROWS, layout_of, pack
+from fewbit.kernels.triton.tuning import search
 
-__all__ = ["TritonWeightOnly"]
+__all__ = ["TritonUnfused", "TritonWeightOnly"]
 
 _INT_BITS = (2, 3, 4, 8)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class TritonWeightOnly(Kernel):
+class TritonWeightOnly(GpuKernel):
     """INT8, INT4, INT3, INT2, NF4, MXFP4, NVFP4, FP8 E4M3 and 4-bit codebooks; groups and channels; symmetric and affine."""
 
     name = "triton-weight-only"
-    description = "packed weights dequantized in registers: a split-K GEMV for few tokens, tensor cores for many (Triton)"
+    description = "packed weights unpacked in registers and multiplied on tensor cores, K cut into parts for few tokens (Triton)"
     fused = True
     priority = 60
     devices = ("cuda",)
@@ -59,11 +60,42 @@ class TritonWeightOnly(Kernel):
             raise FormatError(f"{self.name} packs quantized weights", "quantize the tensor first (methods.rtn)")
         return {name: tensor.to(request.device) for name, tensor in pack(weight).items()}
 
-    def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
-        from fewbit.kernels.triton.weight_only import matmul  # imports Triton
+    def sums(self, x: Rows, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> torch.Tensor:
+        from fewbit.kernels.triton.weight_only import multiply  # imports Triton
 
         assert request.weights is not None
-        rows = x.reshape(-1, request.in_features).contiguous()
-        layout = layout_of(request.weights, request.in_features)
-        y = matmul(rows, dict(packed), bias, layout, tiles_for(rows.shape[0], request.device))
-        return y.view(*x.shape[:-1], request.out_features)
+        layout, tensors, tokens = layout_of(request.weights, request.in_features), dict(packed), x.values.shape[0]
+        outputs = packed["scale"].shape[0]
+        tiles = search(
+            (layout, x.values.dtype),
+            tokens,
+            (outputs, layout.chunks),
+            str(x.values.device),
+            lambda t: multiply(x.values, tensors, layout, t),
+        )
+        return multiply(x.values, tensors, layout, tiles)
+
+    def join(self, packed: list[Mapping[str, torch.Tensor]], request: KernelRequest) -> dict[str, torch.Tensor] | None:
+        if any(one["scale"].shape[0] % ROWS for one in packed[:-1]):
+            return None  # a block of rows would span two linears
+        tables = [one["table"] for one in packed if "table" in one]
+        if any(not torch.equal(table, tables[0]) for table in tables):
+            return None
+        joined = {name: torch.cat([one[name] for one in packed]) for name in packed[0] if name != "table"}
+        return joined | ({"table": tables[0]} if tables else {})
+
+
+class TritonUnfused(TritonWeightOnly):
+    """The same formats, dequantized to memory before every product: what bitsandbytes does for NF4. Slow, and shown because it is."""
+
+    name = "triton-unfused"
+    description = "dequantizes the whole weight to memory in one kernel, then torch F.linear (Triton)"
+    fused = False
+    priority = 1
+
+    def sums(self, x: Rows, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> torch.Tensor:
+        from fewbit.kernels.triton.weight_only import dequantize  # imports Triton
+
+        assert request.weights is not None
+        weight = dequantize(dict(packed), layout_of(request.weights, request.in_features), request.dtype)
+        return torch.nn.functional.linear(x.values, weight)[None]

@@ -1,184 +1,270 @@
-"""y = x W^T with W dequantized in registers: a GEMV for few tokens, a tensor-core GEMM for many.
+"""y = x W^T with W unpacked in registers and multiplied on tensor cores, for one token as for thousands.
 
-The GEMV is bound by the bytes of the codes. Each program owns BLOCK_N outputs and one of SPLIT parts of K (so that small layers fill the
-GPU), walks its words and adds up in float32; the parts are summed by a second, tiny kernel in a fixed order, so results repeat bit by bit.
+`layout` says how two codes become two BF16 (FP16) numbers with a shift, a mask and a subtraction. What a code stands for is exact in 16
+bits, so no weight is rounded; sums are float32, and scales multiply the sum of each group (groups of 16, NVFP4: the numbers, exactly).
 
-The GEMM multiplies tiles with `tl.dot`: for each lane of the words (see `layout`) one dot product of BLOCK_K words' worth of K.
+    code -> number     int         code | 2**7's bits, minus 2**7 + 2**(b-1) + zero point    BF16; FP16: 2**10; 8 bits: 2**23 in FP32
+                       e2m1, e4m3  sign, exponent and mantissa moved to where BF16 has them, times 2**126 or 2**120; subnormals too
+                       table       looked up
 
-An integer becomes a float without a conversion instruction: code | 0x4B000000 read as float32 is 2**23 + code. An E4M3 byte becomes a float
-by moving its bits into those of a float16, whose exponent has one bit more: the value times 2**-8, subnormals included.
+A few tokens: one program owns BLOCK_N rows and one of several parts of K, so that small layers fill the GPU, too; a tensor core takes 16
+tokens at the price of one, and the time is that of the bytes. Parts go out as float32 and are added in a fixed order by what comes next
+(`rows.process_rows`), so results repeat bit by bit. Many tokens: SWAP computes (W x^T)^T; the weights are then the operand that a Hopper
+tensor core takes from registers, and never see shared memory again.
 """
 
+# ruff: noqa: SIM108, SIM300 - branches on constants are taken when the kernel is compiled, and only as statements
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
+from fewbit.kernels.triton.environment import interpreted
 from fewbit.kernels.triton.layout import Layout
 from fewbit.kernels.triton.tuning import Tiles
 
-__all__ = ["matmul"]
+__all__ = ["dequantize", "multiply"]
 
 
 @triton.jit
-def _code(words, high, lane: tl.constexpr, odd, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    if BITS == 3:
-        return ((words >> (2 * lane)) & 3) | (((high >> (lane + 16 * odd)) & 1) << 2)
-    return (words >> (BITS * lane)) & ((1 << BITS) - 1)
+def _as_float(bits, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves of words [.., 16] as 16-bit floats: [.., 32]."""
+    lower = bits.to(tl.int16).to(DTYPE, bitcast=True)
+    upper = (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.reshape(tl.join(lower, upper), (bits.shape[0], 32))
 
 
 @triton.jit
-def _number(code, table_ptr, KIND: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes as float32, before zero point and scale."""
+def _as_wide(bits):  # type: ignore[no-untyped-def]
+    """Both halves of words [.., 16], BF16, as float32: [.., 32]."""
+    lower = (bits << 16).to(tl.float32, bitcast=True)
+    upper = (bits & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(lower, upper), (bits.shape[0], 32))
+
+
+@triton.jit
+def _numbers(  # type: ignore[no-untyped-def]
+    pair, zero, table_ptr, BITS: tl.constexpr, KIND: tl.constexpr, AFFINE: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr
+):
+    """The numbers [BLOCK_N, 32] in DTYPE that pairs of codes [BLOCK_N, 16] stand for, before the scale. WIDE: subtract and multiply in
+    float32, with the same exact results: Triton's interpreter has no BF16 arithmetic, and float32 inputs want it so."""
+    if KIND == "table":
+        lower = tl.load(table_ptr + (pair & 0xFFFF))
+        upper = tl.load(table_ptr + (pair >> 16))
+        return tl.reshape(tl.join(lower, upper), (pair.shape[0], 32)).to(DTYPE)
     if KIND == "int":
-        return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
-    if KIND == "e4m3":
-        half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
-        return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.load(table_ptr + code)
+        if BITS == 8 and DTYPE != tl.float16:  # 2**23 + code in float32: BF16 has too few bits
+            lower = ((pair & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True)
+            upper = ((pair >> 16) | 0x4B000000).to(tl.float32, bitcast=True)
+            y = tl.reshape(tl.join(lower, upper), (pair.shape[0], 32)) - 8388736.0
+            return ((y - zero[:, None]) if AFFINE else y).to(DTYPE)
+        if DTYPE == tl.float16:
+            x = _as_float(pair | 0x64006400, tl.float16)
+            shift = 1024.0 + (1 << (BITS - 1))
+        else:
+            x = _as_float(pair | 0x43004300, tl.bfloat16)
+            shift = 128.0 + (1 << (BITS - 1))
+        if WIDE:
+            y = x.to(tl.float32) - shift
+            return ((y - zero[:, None]) if AFFINE else y).to(DTYPE)
+        if AFFINE:
+            return x - (zero + shift).to(x.dtype)[:, None]
+        return x - tl.full(x.shape, shift, x.dtype)
+    half: tl.constexpr = DTYPE == tl.float16 and not WIDE
+    if KIND == "e2m1":
+        sign = (pair & 0x00080008) << 12
+        bits = sign | ((pair & 0x00070007) << (9 if half else 6))
+        factor = 16384.0 if half else 8.507059173023462e37  # 2**14, 2**126
+    else:
+        sign = (pair & 0x00800080) << 8
+        bits = sign | ((pair & 0x007F007F) << (7 if half else 4))
+        factor = 256.0 if half else 1.329227995784916e36  # 2**8, 2**120
+    if WIDE:
+        return (_as_wide(bits) * factor).to(DTYPE)
+    x = _as_float(bits, tl.float16 if half else tl.bfloat16)
+    return x * tl.full(x.shape, factor, x.dtype)
 
 
 @triton.jit
 def _scale(stored, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     if SCALE == "e8m0":
-        return (stored.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        bits = tl.maximum(stored.to(tl.int32) << 23, 1 << 22)  # 2**-127 is a subnormal float32
+        return bits.to(tl.float32, bitcast=True)
     if SCALE == "e4m3":
-        half = stored.to(tl.int32) << 7
-        return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        bits = stored.to(tl.int32) << 7
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     return stored.to(tl.float32)
 
 
 @triton.jit
-def _step(scale_ptr, zero_ptr, n, group, groups, mask, SCALE: tl.constexpr, AFFINE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scales and zero points of a tile of words [BLOCK_N, words]."""
-    at = n[:, None] * groups + group[None, :]
-    step = _scale(tl.load(scale_ptr + at, mask=mask, other=0), SCALE)
-    zero = tl.load(zero_ptr + at, mask=mask, other=0).to(tl.float32) if AFFINE else 0.0
-    return step, zero
+def _pairs(word, high, step: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes of one step, in the lower halves' and the upper halves' low bits."""
+    if BITS == 3:
+        odd = tl.arange(0, 16) % 2
+        return ((word >> (2 * step)) & 0x00030003) | (((high >> (step + 8 * odd)[None, :]) & 0x00010001) << 2)
+    return (word >> (BITS * step)) & (((1 << BITS) - 1) * 0x00010001)
 
 
 @triton.jit
-def _gemv(  # type: ignore[no-untyped-def]
-    x_ptr, codes_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, out_ptr, M, N, K, words, groups, words_per_split,
-    BITS: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, PER_CHUNK: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-    SCALE: tl.constexpr, AFFINE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+def _multiply(  # type: ignore[no-untyped-def]
+    x_ptr, codes_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, out_ptr, M, N, K, chunks, groups, chunks_per_part,
+    BITS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
+    GLOBAL: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    m = tl.arange(0, BLOCK_M)
-    inside = n < N
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first = split * words_per_split
-    for start in range(0, words_per_split, BLOCK_W):
-        w = first + start + tl.arange(0, BLOCK_W)
-        here = (w < words) & (w < first + words_per_split)
-        mask = inside[:, None] & here[None, :]
-        chunk = w // PER_CHUNK
-        j = w % PER_CHUNK
-        word = tl.load(codes_ptr + n[:, None] * words + w[None, :], mask=mask, other=0)
-        high = 0
-        if BITS == 3:
-            high = tl.load(high_ptr + n[:, None] * (words // 2) + (w // 2)[None, :], mask=mask, other=0)
-        step, zero = _step(scale_ptr, zero_ptr, n, chunk // (GROUP // CHUNK), groups, mask, SCALE, AFFINE)
-        part = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_W), tl.float32)
-        for lane in tl.static_range(LANES):
-            k = chunk * CHUNK + lane * PER_CHUNK + j
-            x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (here & (k < K))[None, :], other=0).to(tl.float32)
-            value = _number(_code(word, high, lane, (w % 2)[None, :], BITS), table_ptr, KIND, BITS) - zero
-            part += value[None, :, :] * x[:, None, :]
-        total += tl.sum(part * step[None, :, :], axis=2)
-    at = (split * M + m[:, None]) * N + n[None, :]
-    tl.store(out_ptr + at, total, mask=(m < M)[:, None] & inside[None, :])
-
-
-@triton.jit
-def _gemm(  # type: ignore[no-untyped-def]
-    x_ptr, codes_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, bias_ptr, out_ptr, M, N, K, words, groups,
-    BITS: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, PER_CHUNK: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-    SCALE: tl.constexpr, AFFINE: tl.constexpr, GLOBAL: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    CHUNK: tl.constexpr = LANES * 16
+    STEPS: tl.constexpr = LANES // 2
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    NARROW: tl.constexpr = GROUP < 32  # two scales in a step
+    # Steps after which a group's sum is scaled: at its end where groups and chunks fit into each other, else after each.
+    FLUSH: tl.constexpr = (STEPS if GROUP >= CHUNK else GROUP // 32) if (GROUP % CHUNK == 0 or CHUNK % GROUP == 0) and GROUP >= 32 else 1
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(2)
+    j = tl.arange(0, 16)
+    k = tl.arange(0, 32)
     rows, inside = m < M, n < N
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, words, BLOCK_W):
-        w = start + tl.arange(0, BLOCK_W)
-        mask = inside[:, None] & (w < words)[None, :]
-        chunk = w // PER_CHUNK
-        j = w % PER_CHUNK
-        word = tl.load(codes_ptr + n[:, None] * words + w[None, :], mask=mask, other=0)
-        high = 0
+    row = tl.minimum(n, N - 1)
+    block = (row // 16).to(tl.int64) * chunks
+    codes_at = codes_ptr + (block * 256 + (row % 16) * 16)[:, None] + j[None, :]
+    high_at = high_ptr + (block * 128 + (row % 16) * 8)[:, None] + (j // 2)[None, :]
+    scale_at = scale_ptr + row * groups
+    zero_at = zero_ptr + row * groups
+    first = part * chunks_per_part
+    last = tl.minimum(first + chunks_per_part, chunks)
+    if SWAP:
+        x_at = x_ptr + m[None, :].to(tl.int64) * K + k[:, None]
+        there = rows[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        x_at = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
+        there = rows[:, None]
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for chunk in range(first, last):
+        word = tl.load(codes_at + chunk * 256)
+        high = word
         if BITS == 3:
-            high = tl.load(high_ptr + n[:, None] * (words // 2) + (w // 2)[None, :], mask=mask, other=0)
-        step, zero = _step(scale_ptr, zero_ptr, n, chunk // (GROUP // CHUNK), groups, mask, SCALE, AFFINE)
-        for lane in tl.static_range(LANES):
-            k = chunk * CHUNK + lane * PER_CHUNK + j
-            x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=rows[:, None] & ((w < words) & (k < K))[None, :], other=0)
-            value = (_number(_code(word, high, lane, (w % 2)[None, :], BITS), table_ptr, KIND, BITS) - zero) * step
-            total = tl.dot(x, tl.trans(value.to(x.dtype)), total)
-    if GLOBAL:
-        total *= tl.load(global_ptr)
-    if BIAS:
-        total += tl.load(bias_ptr + n, mask=inside, other=0).to(tl.float32)[None, :]
-    tl.store(out_ptr + m[:, None] * N + n[None, :], total.to(out_ptr.dtype.element_ty), mask=rows[:, None] & inside[None, :])
+            high = tl.load(high_at + chunk * 128)
+        zero = tl.zeros((BLOCK_N,), tl.float32)
+        for step in tl.static_range(STEPS):
+            start = chunk * CHUNK + step * 32
+            group = tl.minimum(start // GROUP, groups - 1)
+            if step % FLUSH == 0:
+                sums = tl.zeros_like(total)
+                if AFFINE:
+                    zero = tl.load(zero_at + group).to(tl.float32)
+            w = _numbers(_pairs(word, high, step, BITS), zero, table_ptr, BITS, KIND, AFFINE, DTYPE, WIDE)
+            if NARROW:
+                second = tl.minimum(start // GROUP + 1, groups - 1)
+                scales = tl.where(
+                    k[None, :] < 16, _scale(tl.load(scale_at + group), SCALE)[:, None], _scale(tl.load(scale_at + second), SCALE)[:, None]
+                )
+                w = (w.to(tl.float32) * scales).to(DTYPE)
+            if EVEN:
+                x = tl.load(x_at + start, mask=there, other=0.0)
+            elif SWAP:
+                x = tl.load(x_at + start, mask=there & (k < K - start)[:, None], other=0.0)
+            else:
+                x = tl.load(x_at + start, mask=there & (k < K - start)[None, :], other=0.0)
+            if SWAP:
+                sums = tl.dot(w, x, sums, input_precision="ieee")
+            else:
+                sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+            if (step + 1) % FLUSH == 0:
+                if NARROW:
+                    total += sums
+                elif SWAP:
+                    total += sums * _scale(tl.load(scale_at + group), SCALE)[:, None]
+                else:
+                    total += sums * _scale(tl.load(scale_at + group), SCALE)[None, :]
+    if SWAP:
+        if GLOBAL:
+            total *= tl.load(global_ptr + row)[:, None]
+        out_at = out_ptr + (part * M + m[None, :]).to(tl.int64) * N + n[:, None]
+        tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=there & inside[:, None])
+    else:
+        if GLOBAL:
+            total *= tl.load(global_ptr + row)[None, :]
+        out_at = out_ptr + (part * M + m[:, None]).to(tl.int64) * N + n[None, :]
+        tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=there & inside[None, :])
 
 
 @triton.jit
-def _sum_splits(  # type: ignore[no-untyped-def]
-    part_ptr, global_ptr, bias_ptr, out_ptr, elements, N, SPLIT: tl.constexpr, GLOBAL: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLIT):
-        total += tl.load(part_ptr + split * elements + at, mask=inside, other=0)
-    if GLOBAL:
-        total *= tl.load(global_ptr)
-    if BIAS:
-        total += tl.load(bias_ptr + at % N, mask=inside, other=0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+def _dequantize(  # type: ignore[no-untyped-def]
+    codes_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, out_ptr, N, K, chunks, groups,
+    BITS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
+    GLOBAL: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk = tl.program_id(1)
+    j = tl.arange(0, 16)
+    k = tl.arange(0, 32)
+    row = tl.minimum(n, N - 1)
+    block = (row // 16).to(tl.int64) * chunks + chunk
+    word = tl.load(codes_ptr + (block * 256 + (row % 16) * 16)[:, None] + j[None, :])
+    high = word
+    if BITS == 3:
+        high = tl.load(high_ptr + (block * 128 + (row % 16) * 8)[:, None] + (j // 2)[None, :])
+    for step in tl.static_range(LANES // 2):
+        column = chunk * (LANES * 16) + step * 32 + k
+        group = tl.minimum(column // GROUP, groups - 1)
+        at = row[:, None] * groups + group[None, :]
+        pairs = _pairs(word, high, step, BITS)
+        w = _numbers(pairs, tl.zeros((BLOCK_N,), tl.float32), table_ptr, BITS, KIND, False, tl.float32, True)
+        if AFFINE:
+            w -= tl.load(zero_ptr + at).to(tl.float32)
+        w *= _scale(tl.load(scale_ptr + at), SCALE)
+        if GLOBAL:
+            w *= tl.load(global_ptr + row)[:, None]
+        out_at = out_ptr + n[:, None].to(tl.int64) * K + column[None, :]
+        tl.store(out_at, w.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (column < K)[None, :])
 
 
-def matmul(x: torch.Tensor, packed: dict[str, torch.Tensor], bias: torch.Tensor | None, layout: Layout, tiles: Tiles) -> torch.Tensor:
-    """x [M, K] times the packed weight, in x's dtype.
+def _operands(packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Pointers in the kernels' order; those that are never read point anywhere."""
+    codes = packed["codes"]
+    return tuple(packed.get(name, codes) for name in ("codes", "high", "scale", "zero_point", "table", "global_scale"))
+
+
+def _constants(packed: dict[str, torch.Tensor], layout: Layout) -> dict[str, object]:
+    return {
+        "BITS": layout.bits, "LANES": layout.lanes, "GROUP": layout.group, "KIND": layout.kind, "SCALE": layout.scale,
+        "AFFINE": layout.affine, "GLOBAL": "global_scale" in packed,
+    }  # fmt: skip
+
+
+def multiply(x: torch.Tensor, packed: dict[str, torch.Tensor], layout: Layout, tiles: Tiles) -> torch.Tensor:
+    """x [M, K] times the packed weight, in parts that add up to it.
 
     Args:
         x: contiguous, float16, bfloat16 or float32.
         packed: what `layout.pack` returned.
-        bias: [N] or None.
         tiles: block sizes for this M; see `tuning`.
 
     Returns:
-        [M, N].
+        [parts, M, N], in x's dtype when there is one part, else float32.
     """
-    codes = packed["codes"]
-    (rows, columns), outputs = x.shape, codes.shape[0]
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    nothing = codes  # a pointer that is never read
-    operands = (codes, packed.get("high", nothing), packed["scale"], packed.get("zero_point", nothing), packed.get("table", nothing))
-    overall, groups = packed.get("global_scale", nothing), packed["scale"].shape[1]
-    constants = {
-        "BITS": layout.bits, "LANES": layout.lanes, "CHUNK": layout.chunk, "PER_CHUNK": layout.words_per_chunk, "GROUP": layout.group,
-        "KIND": layout.kind, "SCALE": layout.scale, "AFFINE": layout.affine, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "BLOCK_W": tiles.block_words, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
-    }  # fmt: skip
-    ends = {"GLOBAL": "global_scale" in packed, "BIAS": bias is not None}
-    if not tiles.gemv:
-        grid = (triton.cdiv(rows, tiles.block_m), triton.cdiv(outputs, tiles.block_n))
-        _gemm[grid](
-            x, *operands, overall, nothing if bias is None else bias, out, rows, outputs, columns, layout.words, groups, **constants, **ends
-        )
-        return out
-    step = tiles.block_words
-    words_per_split = triton.cdiv(triton.cdiv(layout.words, tiles.split), step) * step
-    split = triton.cdiv(layout.words, words_per_split)
-    parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(outputs, tiles.block_n), split)
-    _gemv[grid](x, *operands, parts, rows, outputs, columns, layout.words, groups, words_per_split, **constants)
-    elements = rows * outputs
-    _sum_splits[(triton.cdiv(elements, 1024),)](
-        parts, overall, nothing if bias is None else bias, out, elements, outputs, SPLIT=split, BLOCK=1024, **ends
-    )
+    (rows, columns), outputs = x.shape, packed["scale"].shape[0]
+    chunks_per_part = triton.cdiv(layout.chunks, tiles.split)
+    parts = triton.cdiv(layout.chunks, chunks_per_part)
+    out = torch.empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
+    grid = (triton.cdiv(rows, tiles.block_m), triton.cdiv(outputs, tiles.block_n), parts)
+    _multiply[grid](
+        x, *_operands(packed), out, rows, outputs, columns, layout.chunks, packed["scale"].shape[1], chunks_per_part,
+        **_constants(packed, layout), EVEN=columns % layout.chunk == 0, SWAP=tiles.swap, WIDE=interpreted() or x.dtype == torch.float32,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def dequantize(packed: dict[str, torch.Tensor], layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] in `dtype`, written to memory: what an unfused path multiplies with."""
+    outputs, groups = packed["scale"].shape
+    out = torch.empty(outputs, layout.columns, dtype=dtype, device=packed["codes"].device)
+    _dequantize[(triton.cdiv(outputs, 64), layout.chunks)](
+        *_operands(packed), out, outputs, layout.columns, layout.chunks, groups, **_constants(packed, layout),
+        WIDE=True, BLOCK_N=64, num_warps=4,
+    )  # fmt: skip
     return out
