@@ -166,6 +166,60 @@ def dense_linear(weight: torch.Tensor, instruction_set: str = "") -> Linear:
         ValueError: dtype or strides that do not fit, or an instruction set that this CPU lacks.
     """
 
+def digit_instruction_sets() -> list[str]:
+    """Instruction sets for exact integer products on this CPU, the best first: `avx512-vnni`, `avx2`, `portable`."""
+
+def digit_linear(
+    tiles: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    format: str,
+    scale_type: str,
+    affine: bool,
+    block: int,
+    blocks: int,
+    factor: float = 1.0,
+    instruction_set: str = "",
+) -> Linear:
+    """A weight of small integers that multiplies exact inputs; layout in src/native/cpu/digit_dot.hpp.
+
+    Args:
+        tiles: uint8 [ceil(out / 64), bytes of a tile], beginning on a cache line.
+        format: `int8`, `int4`, `int3`, `int2` or `e2m1`.
+        scale_type: `float32`, `bfloat16`, `e8m0` or `e4m3`.
+        affine: headers hold zero points.
+        block: columns that share an input scale. blocks: of a group of columns that share a weight scale.
+        factor: of the whole weight.
+        instruction_set: one of `digit_instruction_sets`; empty: the best.
+
+    Raises:
+        ValueError: sizes that do not fit, or an instruction set that this CPU lacks.
+    """
+
+def table_linear(
+    tiles: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    format: str,
+    bfloat16_scales: bool,
+    group: int,
+    table: torch.Tensor | None = None,
+    instruction_set: str = "",
+) -> Linear:
+    """A weight in a table of 16 numbers or in FP8 that multiplies float32 inputs; layout in src/native/cpu/table_dot.hpp.
+
+    Args:
+        tiles: uint8 [ceil(out / 64), bytes of a tile].
+        format: `table16`, `e4m3` or `e5m2`.
+        bfloat16_scales: scales are BF16, else float32.
+        group: columns that share a scale.
+        table: float32 [16], for `table16`; copied.
+        instruction_set: one of `float_instruction_sets`; empty: the best.
+
+    Raises:
+        ValueError: sizes that do not fit, or an instruction set that this CPU lacks.
+    """
+
 def int_linear(
     codes: torch.Tensor,
     scales: torch.Tensor,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from fewbit.errors import KernelError, UsageError
 from fewbit.kernels.base import Kernel, KernelRequest, PassedOver, Selection
+from fewbit.kernels.cpu.exact import CpuExact
 from fewbit.kernels.cpu.int_activations import CpuIntActivations
+from fewbit.kernels.cpu.tables import CpuTables
 from fewbit.kernels.dense import DenseKernel
 from fewbit.kernels.onednn_w8a8 import OneDnnW8A8
 from fewbit.kernels.reference import ReferenceKernel
@@ -24,6 +26,8 @@ KERNELS: tuple[Kernel, ...] = (
     CpuIntActivations(3),
     CpuIntActivations(4),
     CpuIntActivations(8),
+    *(CpuExact(number) for number in ("int8", "int4", "int3", "int2", "e2m1")),
+    *(CpuTables(grid) for grid in ("nf4", "codebook4", "fp8_e4m3", "fp8_e5m2")),
     TorchInt4Pack(),
     TorchInt8Pack(),
     OneDnnW8A8(),

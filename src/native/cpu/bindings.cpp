@@ -2,8 +2,10 @@
 
 #include "apply.hpp"
 #include "dense.hpp"
+#include "digit_linear.hpp"
 #include "int_linear.hpp"
 #include "sequence.hpp"
+#include "table_linear.hpp"
 #include "thread_pool.hpp"
 
 #include <nanobind/ndarray.h>
@@ -102,6 +104,57 @@ std::unique_ptr<Linear> dense_linear(const nb::ndarray<nb::ndim<2>, nb::device::
     return make_dense_linear(dense, weight.shape(0), instruction_set);
 }
 
+template <typename Value> Value named(const std::string &name, std::initializer_list<std::pair<const char *, Value>> values, const char *message) {
+    for (const auto &[known, value] : values) {
+        if (name == known) return value;
+    }
+    throw std::invalid_argument(message);
+}
+
+std::unique_ptr<Linear> digit_linear(const Array<const std::uint8_t, 2> &tiles, std::size_t out_features, std::size_t in_features,
+                                     const std::string &format, const std::string &scale_type, bool affine, std::size_t block,
+                                     std::size_t blocks, float factor, const std::string &instruction_set) {
+    DigitWeight weight;
+    weight.data = tiles.data();
+    weight.out = out_features;
+    weight.in = in_features;
+    weight.format = named<DigitFormat>(format, {{"int8", DigitFormat::int8}, {"int4", DigitFormat::int4}, {"int3", DigitFormat::int3},
+                                                {"int2", DigitFormat::int2}, {"e2m1", DigitFormat::e2m1}}, "no such format");
+    weight.scale_type = named<ScaleType>(scale_type, {{"float32", ScaleType::float32}, {"bfloat16", ScaleType::bfloat16},
+                                                      {"e8m0", ScaleType::e8m0}, {"e4m3", ScaleType::e4m3}}, "no such scale type");
+    weight.affine = affine;
+    weight.block = block;
+    weight.blocks = blocks;
+    weight.factor = factor;
+    check(block != 0 && blocks != 0, "a group has no columns");
+    weight.groups = (in_features + block * blocks - 1) / (block * blocks);
+    const std::size_t group_bytes = digit_header_bytes(weight.scale_type, affine) + blocks * digit_block_bytes(weight.format, block);
+    check(tiles.shape(0) == (out_features + kTile - 1) / kTile && tiles.shape(1) == weight.groups * group_bytes,
+          "the tiles have not the size that the format and the shape ask for");
+    check(reinterpret_cast<std::uintptr_t>(tiles.data()) % 64 == 0, "the tiles do not begin on a cache line");
+    return make_digit_linear(weight, instruction_set);
+}
+
+std::unique_ptr<Linear> table_linear(const Array<const std::uint8_t, 2> &tiles, std::size_t out_features, std::size_t in_features,
+                                     const std::string &format, bool bfloat16_scales, std::size_t group,
+                                     const std::optional<Array<const float, 1>> &table, const std::string &instruction_set) {
+    TableWeight weight;
+    weight.data = tiles.data();
+    weight.out = out_features;
+    weight.in = in_features;
+    weight.format = named<TableFormat>(
+        format, {{"table16", TableFormat::table16}, {"e4m3", TableFormat::e4m3}, {"e5m2", TableFormat::e5m2}}, "no such format");
+    weight.bfloat16_scales = bfloat16_scales;
+    weight.group = group;
+    check(group != 0, "a group has no columns");
+    weight.groups = (in_features + group - 1) / group;
+    check(!table || table->shape(0) == 16, "a table has 16 entries");
+    weight.table = table ? table->data() : nullptr;
+    check(tiles.shape(0) == (out_features + kTableTile - 1) / kTableTile && tiles.shape(1) == table_tile_bytes(weight),
+          "the tiles have not the size that the format and the shape ask for");
+    return make_table_linear(weight, instruction_set);
+}
+
 } // namespace
 
 void bind_cpu(nb::module_ &m) {
@@ -121,6 +174,11 @@ void bind_cpu(nb::module_ &m) {
     m.def("int_linear", &int_linear, "codes"_a, "scales"_a, "zeros"_a.none(), "out_features"_a, "in_features"_a, "group"_a, "bits"_a,
           "range"_a = 127.0f, "static_scale"_a = 0.0f, "instruction_set"_a = "", nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
           nb::keep_alive<0, 3>());
+    m.def("digit_instruction_sets", &digit_instruction_sets, "Instruction sets for exact integer products on this CPU, the best first.");
+    m.def("digit_linear", &digit_linear, "tiles"_a, "out_features"_a, "in_features"_a, "format"_a, "scale_type"_a, "affine"_a, "block"_a,
+          "blocks"_a, "factor"_a = 1.0f, "instruction_set"_a = "", nb::keep_alive<0, 1>());
+    m.def("table_linear", &table_linear, "tiles"_a, "out_features"_a, "in_features"_a, "format"_a, "bfloat16_scales"_a, "group"_a,
+          "table"_a.none() = nb::none(), "instruction_set"_a = "", nb::keep_alive<0, 1>());
     m.def("dense_linear", &dense_linear, "weight"_a, "instruction_set"_a = "", nb::keep_alive<0, 1>());
     bind_rows(m);
 }

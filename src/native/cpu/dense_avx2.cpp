@@ -11,6 +11,8 @@ namespace {
 #define FEWBIT_ROWS 4
 #include "engine/simd.inc"
 
+#include "panel.inc"
+
 #include "dense.inc"
 
 } // namespace

@@ -11,6 +11,8 @@ namespace {
 #define FEWBIT_ROWS 8
 #include "engine/simd.inc"
 
+#include "panel.inc"
+
 #include "dense.inc"
 
 } // namespace

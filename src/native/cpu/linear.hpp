@@ -12,11 +12,12 @@
 
 namespace fewbit {
 
-enum class InputKind { float32, int8_groups };
+enum class InputKind { float32, int8_groups, int24_groups };
 
 struct InputFormat {
     InputKind kind = InputKind::float32;
-    // int8_groups: columns that share a scale, a multiple of 8. The last group of a row may be short: its codes are padded with zeros.
+    // int8_groups, int24_groups: columns that share a scale, a multiple of 8 (int24: 16). The last group of a row may be short: its codes are
+    // padded with zeros.
     std::size_t group = 0;
     float range = 127.0f;      // the largest magnitude of a group is mapped to it: scale = max |x| / range
     float static_scale = 0.0f; // W8A8 with calibrated inputs: the one scale; 0: scales are computed from the values
@@ -28,12 +29,14 @@ struct Input {
     std::size_t rows = 0, columns = 0;
     const float *values = nullptr;       // float32: [rows, columns], rows `stride` values apart
     std::size_t stride = 0;
-    const std::int8_t *codes = nullptr;  // int8_groups: [rows, groups * group]; 64 bytes and more may be read behind the last
-    std::size_t code_stride = 0;         // bytes from one row of codes to the next: an odd number of cache lines, or rows share cache sets
+    const std::int8_t *codes = nullptr;  // int8_groups: [rows, groups * group]; 64 bytes and more may be read behind the last.
+                                         // int24_groups (digits.hpp): [rows, 3, groups * group], and sums [rows, 3, groups]
+    std::size_t code_stride = 0;         // bytes from one row of codes (int24: of digits) to the next: an odd number of cache lines, or rows
+                                         // share cache sets
     const float *scales = nullptr;       // [rows, groups]; NaN where a value of the group is NaN or infinite
     const std::int32_t *sums = nullptr;  // [rows, groups], of the codes
     const std::int32_t *starts = nullptr; // [rows, groups], -8 * sums: where the sums of unsigned INT4 codes with offset 8 start
-    std::size_t groups = 0;              // int8_groups
+    std::size_t groups = 0;              // int8_groups, int24_groups
 };
 
 // One weight [out_features, in_features] in its packed form. The bytes belong to somebody else, who keeps them as long as the object.

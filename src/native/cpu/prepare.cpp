@@ -1,5 +1,6 @@
 #include "prepare.hpp"
 
+#include "digits.hpp"
 #include "row_kernels.hpp"
 
 #include <algorithm>
@@ -17,6 +18,9 @@ const RowKernels &row_kernels() {
     static const RowKernels &chosen = *row_kernels_available().front();
     return chosen;
 }
+
+// Codes of one value.
+std::size_t digits_of(const InputFormat &format) { return format.kind == InputKind::int24_groups ? 3 : 1; }
 
 const float *row_values(const Rows &x, std::size_t row, float *scratch) {
     if (x.type == Type::float32) return static_cast<const float *>(x.data) + row * x.stride;
@@ -66,11 +70,13 @@ void PreparedInput::reshape(const InputFormat &format, std::size_t rows, std::si
     }
     if (format.group == 0 || format.group % 8 != 0) throw std::invalid_argument("a group of inputs is not a multiple of 8");
     input_.groups = (columns + format.group - 1) / format.group;
+    if (format.kind == InputKind::int24_groups && format.group % 16 != 0) throw std::invalid_argument("a group of inputs is not a multiple of 16");
+    const std::size_t digits = digits_of(format);
     input_.code_stride = (input_.groups * format.group + kLine - 1) / kLine * kLine;
     if (input_.code_stride / kLine % 2 == 0) input_.code_stride += kLine;
-    codes_.reserve(rows * input_.code_stride);
+    codes_.reserve(rows * digits * input_.code_stride);
     scales_.reserve(rows * input_.groups * sizeof(float));
-    sums_.reserve(rows * input_.groups * sizeof(std::int32_t));
+    sums_.reserve(rows * digits * input_.groups * sizeof(std::int32_t));
     starts_.reserve(rows * input_.groups * sizeof(std::int32_t));
     input_.codes = static_cast<const std::int8_t *>(codes_.data());
     input_.scales = static_cast<const float *>(scales_.data());
@@ -102,7 +108,7 @@ void PreparedInput::fill_row(const Rows &x, const Norm &norm, std::size_t row, c
     const float *values = row_values(x, row, scratch);
     float factor = 1.0f;
     if (norm.weight != nullptr) factor = 1.0f / std::sqrt(kernels.sum_of_squares(values, x.columns) / float(x.columns) + norm.epsilon);
-    const bool quantizes = input_.format.kind == InputKind::int8_groups;
+    const bool quantizes = input_.format.kind != InputKind::float32;
     const std::size_t unit = quantizes ? input_.format.group : 64;
     const std::size_t units = (x.columns + unit - 1) / unit;
     for (std::size_t i = units * part.index / part.count; i < units * (part.index + 1) / part.count; ++i) {
@@ -122,6 +128,13 @@ void PreparedInput::fill_row(const Rows &x, const Norm &norm, std::size_t row, c
 void PreparedInput::quantize(std::size_t row, std::size_t group, const float *values, std::size_t count) {
     const InputFormat &format = input_.format;
     const std::size_t at = row * input_.groups + group;
+    if (format.kind == InputKind::int24_groups) {
+        split_digits()(values, count, format.group,
+                       static_cast<std::int8_t *>(codes_.data()) + 3 * row * input_.code_stride + group * format.group, input_.code_stride,
+                       static_cast<float *>(scales_.data()) + at, static_cast<std::int32_t *>(sums_.data()) + 3 * row * input_.groups + group,
+                       input_.groups);
+        return;
+    }
     std::int8_t *codes = static_cast<std::int8_t *>(codes_.data()) + row * input_.code_stride + group * format.group;
     float *scale = static_cast<float *>(scales_.data()) + at;
     const std::int32_t sum = row_kernels().quantize(values, count, format.group, format.range, format.static_scale, codes, scale);
@@ -139,9 +152,10 @@ Input PreparedInput::rows(std::size_t begin, std::size_t count) const {
     part.rows = count;
     if (part.values != nullptr) part.values += begin * part.stride;
     if (part.codes != nullptr) {
-        part.codes += begin * part.code_stride;
+        const std::size_t digits = digits_of(part.format);
+        part.codes += begin * digits * part.code_stride;
         part.scales += begin * part.groups;
-        part.sums += begin * part.groups;
+        part.sums += begin * digits * part.groups;
         part.starts += begin * part.groups;
     }
     return part;

@@ -1,0 +1,21 @@
+// digit_dot.hpp for AVX2 with FMA and F16C.
+
+#include "digit_dot.hpp"
+
+#include <cstring>
+#include <immintrin.h>
+
+namespace fewbit {
+namespace {
+
+#include "byte_vectors_avx2.inc"
+
+#include "digit_dot.inc"
+
+} // namespace
+
+void multiply_digits_avx2(const DigitWeight &weight, const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end) {
+    multiply_digits(weight, x, y, y_stride, begin, end);
+}
+
+} // namespace fewbit
