@@ -22,12 +22,19 @@ def request_for(scheme: str, shape: tuple[int, int] = (64, 256), **fields) -> Ke
     ("scheme", "kernel"),
     [
         ("BF16", "dense"),
-        ("W8A16", "torch-int8pack"),
-        ("W4A16", "torch-int4pack"),
-        ("W4A16-CHANNEL", "torch-int4pack"),
+        ("W8A16", "cpu-int8-exact"),
+        ("W8A16-G128", "cpu-int8-exact"),
+        ("W4A16", "cpu-int4-exact"),
+        ("W4A16-CHANNEL", "cpu-int4-exact"),
+        ("W3A16", "cpu-int3-exact"),
+        ("W2A16-ASYM", "cpu-int2-exact"),
+        ("MXFP4", "cpu-fp4-exact"),
+        ("NVFP4", "cpu-fp4-exact"),
+        ("NF4", "cpu-nf4"),
+        ("FP8A16", "cpu-fp8-e4m3"),
         ("W8A8", "onednn-w8a8"),
     ]
-    + [(name, "reference") for name in ("W8A16-G128", "W3A16", "W2A16-ASYM", "NF4", "MXFP4", "NVFP4", "FP8A16", "FP8", "FP8-BLOCK")],
+    + [(name, "reference") for name in ("FP8", "FP8-BLOCK")],
 )
 def test_the_fastest_that_can(scheme, kernel):
     selection = select(request_for(scheme))
@@ -37,7 +44,7 @@ def test_the_fastest_that_can(scheme, kernel):
     else:
         (only,) = selection.passed_over
         assert only.kernel == "any fused kernel"
-        assert "none runs a weight in" in only.reason and "torch-int4pack" in only.reason
+        assert "none runs a weight in" in only.reason and "cpu-int4-exact" in only.reason
 
 
 @pytest.mark.parametrize("scheme", [scheme.name for scheme in SCHEMES.values()])
@@ -56,7 +63,7 @@ def test_unfused_is_asked_for_not_fallen_back_to():
         selection = select(request_for("W4A16"), prefer="unfused", strict=strict)
         assert selection.kernel.name == "reference" and not selection.kernel.fused
         reasons = {entry.kernel: entry.reason for entry in selection.passed_over}
-        assert reasons == {"torch-int4pack": "not asked for: the variant pins unfused"}
+        assert reasons == {name: "not asked for: the variant pins unfused" for name in ("cpu-int4-exact", "torch-int4pack")}
 
 
 def test_prefer_by_name():
@@ -69,14 +76,14 @@ def test_prefer_by_name():
 
 
 def test_strict_refuses_a_fallback_with_the_reason():
-    ragged = request_for("W4A16", (40, 256))
-    assert select(ragged).kernel.name == "reference"
-    with pytest.raises(KernelError, match=r"unfused kernel 'reference'.*torch-int4pack: needs out_features divisible by 16, not 40"):
-        select(ragged, strict=True)
+    half = request_for("W4A16", (40, 256), dtype=torch.float16)
+    assert select(half).kernel.name == "reference"
+    with pytest.raises(KernelError, match=r"unfused kernel 'reference'.*cpu-int4-exact: takes inputs in bfloat16 or float32, not"):
+        select(half, strict=True)
 
 
 def test_strict_accepts_a_format_that_has_no_fused_kernel():
-    assert select(request_for("NF4"), strict=True).kernel.name == "reference"
+    assert select(request_for("FP8"), strict=True).kernel.name == "reference"
 
 
 def test_nothing_runs():
@@ -109,7 +116,7 @@ def test_a_new_kernel_needs_one_line(monkeypatch):
     monkeypatch.setattr(dispatch, "KERNELS", (*KERNELS, FasterKernel()))
     assert select(request_for("W4A16")).kernel.name == "faster"
     wide = select(request_for("W4A16", (128, 256)))
-    assert wide.kernel.name == "torch-int4pack"
+    assert wide.kernel.name == "cpu-int4-exact"
     assert [(entry.kernel, entry.reason) for entry in wide.passed_over] == [("faster", "needs AVX-1024, which this processor lacks")]
 
 

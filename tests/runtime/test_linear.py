@@ -18,11 +18,13 @@ from fewbit.runtime.linear import KernelLinearMethod, QuantLinear, UnquantizedLi
 SHAPE = (64, 256)  # out, in
 
 
-def make(scheme: str, *, shape: tuple[int, int] = SHAPE, bias: torch.Tensor | None = None, **options) -> QuantLinear:
+def make(
+    scheme: str, *, shape: tuple[int, int] = SHAPE, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16, **options
+) -> QuantLinear:
     config = QuantizationConfig(get_scheme(scheme), **options)
     method = config.get_quant_method(nn.Linear(1, 1), "model.layers.0.mlp.up_proj")
     assert method is not None
-    return QuantLinear(shape[1], shape[0], method, bias=bias)
+    return QuantLinear(shape[1], shape[0], method, bias=bias, dtype=dtype)
 
 
 def weight(shape: tuple[int, int] = SHAPE) -> torch.Tensor:
@@ -102,9 +104,9 @@ def test_wrong_shapes_and_formats():
 
 def test_a_checkpoint_in_another_format_selects_again():
     layer = make("W4A16")
-    assert layer.quant_method.selection.kernel.name == "torch-int4pack"
+    assert layer.quant_method.selection.kernel.name == "cpu-int4-exact"
     layer.quant_method.load_weight(layer, rtn(weight(), SCHEMES["NF4"].weights))
-    assert layer.quant_method.selection.kernel.name == "reference"
+    assert layer.quant_method.selection.kernel.name == "cpu-nf4"
     assert "nf4" in repr(layer).lower()
 
 
@@ -125,16 +127,16 @@ def test_ignore_patterns():
 
 
 def test_strict_is_refused_before_anything_is_loaded():
-    with pytest.raises(KernelError, match="16, not 40"):
-        make("W4A16", shape=(40, 256), strict=True)
+    with pytest.raises(KernelError, match="not torch.float16"):
+        make("W4A16", dtype=torch.float16, strict=True)
 
 
 def test_kernel_uses_groups_by_kernel_and_reasons():
     model = nn.ModuleList(
-        [make("W4A16"), make("W4A16"), make("W4A16", shape=(40, 256)), make("W4A16", kernel="unfused"), make("BF16"), nn.Linear(2, 2)]
+        [make("W4A16"), make("W4A16"), make("W4A16", dtype=torch.float16), make("W4A16", kernel="unfused"), make("BF16"), nn.Linear(2, 2)]
     )
     uses = kernel_uses(model)
-    assert [(use.kernel, use.linears) for use in uses] == [("torch-int4pack", 2), ("reference", 1), ("reference", 1), ("dense", 1)]
+    assert [(use.kernel, use.linears) for use in uses] == [("cpu-int4-exact", 2), ("reference", 1), ("reference", 1), ("dense", 1)]
     assert uses[0].fused and uses[0].passed_over == []
-    assert any("divisible by 16, not 40" in entry.reason for entry in uses[1].passed_over)
+    assert any("bfloat16 or float32, not torch.float16" in entry.reason for entry in uses[1].passed_over)
     assert all("not asked for" in entry.reason for entry in uses[2].passed_over)
