@@ -127,7 +127,7 @@ def test_ignore_patterns():
 
 
 def test_strict_is_refused_before_anything_is_loaded():
-    with pytest.raises(KernelError, match="not torch.float16"):
+    with pytest.raises(KernelError, match=r"not torch\.float16"):
         make("W4A16", dtype=torch.float16, strict=True)
 
 
