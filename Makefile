@@ -16,9 +16,9 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.fewbit-setup
-NATIVE := CMakeLists.txt $(wildcard src/native/*)
+NATIVE := CMakeLists.txt $(shell find src/native -type f)
 
-.PHONY: help setup compare test runtimes test-runtimes check format wheel schema docs bench lock clean
+.PHONY: help setup compare test runtimes test-runtimes sanitize check format wheel schema docs bench lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,6 +44,9 @@ runtimes: setup ## the environments of vLLM, llama.cpp, transformers and OpenVIN
 test-runtimes: setup ## every cell of the matrix of checkpoints and runtimes, with the runtimes that are installed; then docs/runtimes.md
 	FEWBIT_HEAVY=1 FEWBIT_RECORD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runtimes -q
 	$(BIN)/python scripts/generate_docs.py
+
+sanitize: setup ## the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python scripts/sanitize.py
 
 check: setup ## lint, format, types, layers
 	$(BIN)/ruff check .
