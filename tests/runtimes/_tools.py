@@ -96,7 +96,7 @@ def gptqmodel(
     quantized = GPTQModel.load(str(model), config, dtype=torch.bfloat16)
     quantized.quantize(windows(model), batch_size=1)
     quantized.save(str(out))
-    again = GPTQModel.load(str(out), device="cpu", backend=BACKEND.GPTQ_TORCH)
+    again = GPTQModel.load(str(out), device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH)  # BF16 would round the scales
     return {name: module.dequantize_weight().T for name, module in linears(again.model)}
 
 

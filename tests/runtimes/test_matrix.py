@@ -90,6 +90,8 @@ def record(checks: Checks) -> None:
         return
     fields: dict[str, Any] = json.loads(PROVEN.read_text(encoding="utf-8")) if PROVEN.is_file() else {}
     for name, check in checks.items():
+        if check.reason is not None and "no answer within" in check.reason:
+            continue  # of the machine, not of the runtime
         fields.setdefault(name, {})[check.runtime] = {"date": date.today().isoformat(), **asdict(check)}
     PROVEN.write_text(json.dumps({name: fields[name] for name in sorted(fields)}, indent=1) + "\n", encoding="utf-8")
 

@@ -10,14 +10,16 @@ import pytest
 
 from fewbit.checkpoints.damage import damaged_copy
 from fewbit.checkpoints.plain import write_plain
+from fewbit.checkpoints.registry import get_layout
 from fewbit.checkpoints.runtimes import get_runtime, kind_of, kinds, runtimes
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
 from fewbit.checkpoints.sources import open_source
 from fewbit.errors import UnsupportedModelError, UsageError
 from fewbit.formats.digest import digest
-from fewbit.walk.settings import GateChoice, WalkSettings
+from fewbit.walk.settings import GateChoice, WalkSettings, walk_settings
 from fewbit.workflows.foreign.environments import interpreter
 from fewbit.workflows.quantize import quantize_model
+from fewbit.workflows.quantize_plan import check_method, resolve_scheme
 from fewbit.workflows.verify import verify_checkpoint
 
 LINEAR = "model.layers.1.mlp.down_proj"
@@ -139,3 +141,17 @@ def test_a_gguf_file_is_compared_with_its_source(scheme: str, group: int | None,
     assert verify_checkpoint(worse, runtime_names=()).passed  # alone it is whole
     if group is None:  # a decoded type is held to a third of the weight only
         assert not verify_checkpoint(worse, against=tiny_llama_dir, runtime_names=()).passed
+
+
+def test_each_row_of_the_matrix_can_be_made(tmp_path: Path) -> None:
+    names = [str(made) for kind in kinds().values() for made in kind.made]
+    assert len(set(names)) == len(names) > 30
+    for kind in kinds().values():
+        for made in kind.made:
+            layout = get_layout(made.format)
+            scheme = resolve_scheme(made.scheme, made.group_size, layout)
+            check_method(walk_settings(method=made.method), scheme)
+            if not layout.single_file:
+                fields = layout.config_fields(scheme, ["lm_head"])
+                (tmp_path / "config.json").write_text(json.dumps({"quantization_config": fields}), encoding="utf-8")
+                assert kind_of(tmp_path).name == kind.name, made

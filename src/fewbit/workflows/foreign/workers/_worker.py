@@ -37,6 +37,7 @@ import numpy as np
 __all__ = ["PROBES", "log_softmax_at", "main", "probes"]
 
 PROBES = 16
+_LAST_WORDS = 200
 
 
 def probes(name: str, columns: int) -> np.ndarray:
@@ -63,15 +64,22 @@ def main(runtime_file: str, job_file: str) -> None:
     spec.loader.exec_module(runtime)
     runtime.prepare()
     for checkpoint in job["checkpoints"]:
+        said = Path(checkpoint["out"]).with_suffix(".log")
         child = os.fork()
         if child == 0:
+            with said.open("wb") as stream:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
             _one(runtime, checkpoint, job["ids"], job["package"])
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
         status = os.waitpid(child, 0)[1]
+        words = said.read_text(encoding="utf-8", errors="replace") if said.is_file() else ""
+        sys.stderr.write(words)
         if status != 0 and not _report_file(checkpoint).is_file():
-            _leave(checkpoint, {"error": "Crash", "message": f"the process ended with status {status}"})
+            last = " ".join(words.split())[-_LAST_WORDS:]
+            _leave(checkpoint, {"error": "Crash", "message": f"the process ended with status {status}, its last words: {last}"})
 
 
 def _report_file(checkpoint: Mapping[str, Any]) -> Path:
