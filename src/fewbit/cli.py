@@ -396,7 +396,7 @@ def convert(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao or modelopt; dense or dense-float32 to dequantize.",
+            help="A layout as in `quantize`, dense or dense-float32 to dequantize; of a high-precision model gguf-dense, gguf-q4_k_m, ...",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint's directory, or FILE.gguf; it appears when it is whole.")],

@@ -37,6 +37,7 @@ from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.results import ConvertResult
 from fewbit.workflows.gguf_files import gguf_target, identity_of, plain_config
+from fewbit.workflows.llama_quantize import PREFIX, write_by_llama_cpp
 from fewbit.workflows.quantize_files import copy_companions, write_json
 
 __all__ = ["convert_checkpoint"]
@@ -58,7 +59,8 @@ def convert_checkpoint(
 
     Args:
         model: a directory, a GGUF file or a hub id.
-        layout: one of `checkpoints.registry.LAYOUTS`.
+        layout: one of `checkpoints.registry.LAYOUTS`; of a model in high precision `gguf-dense` or one of llama.cpp's own types, e.g.
+            `gguf-q4_k_m` (`workflows.llama_quantize`).
         out: the directory to make (GGUF: the file, or a directory for it); it appears when it is whole.
         overwrite: replace an existing checkpoint.
         progress: called with (tensors done, tensors, what is being done).
@@ -68,6 +70,8 @@ def convert_checkpoint(
         ModelError, CheckpointError: the source cannot be read.
         OutputError: the directory exists or cannot be written.
     """
+    if layout.lower().startswith(PREFIX):
+        return write_by_llama_cpp(model, layout=layout, out=out, overwrite=overwrite)
     started = time.monotonic()
     target, source = get_layout(layout), open_source(model)
     if source.scheme is None or source.scheme.weights is None:
