@@ -163,3 +163,11 @@ def test_a_known_architecture_with_wrong_fields_is_not_called_unknown(llama: Pat
     with pytest.raises(CheckpointError, match=r"does not fit the architecture 'llama': .*rms_norm_eps") as caught:
         DirectorySource(llama)
     assert "\n" not in str(caught.value)
+
+
+def test_more_layers_than_there_can_be_are_refused_before_they_are_built(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama_dir, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**31}))
+    with pytest.raises(CheckpointError, match="4096 are the most"):
+        DirectorySource(tmp_path / "x")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import permutations
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
+from fewbit.checkpoints.shards import copy_into_shards, write_tensors
 from fewbit.checkpoints.sources import open_source
 from fewbit.errors import OutputError, UsageError
 from fewbit.formats.quantize import dequantize
@@ -81,3 +84,29 @@ def test_what_stands_in_the_way_is_not_touched(made: dict[str, Path], tiny_llama
     with pytest.raises(OutputError):
         convert_checkpoint(made["gptq"], layout="awq", out=tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
+
+
+def test_scales_of_the_kv_cache_go_with_it(made: dict[str, Path], tmp_path: Path) -> None:
+    modelopt = tmp_path / "modelopt"
+    shutil.copytree(made["W8A8"], tmp_path / "source")
+    files = SafetensorsFiles(made["W8A8"])
+    names = [f"model.layers.{i}.self_attn.{kind}_scale" for i in range(2) for kind in "kv"]
+    write_tensors(tmp_path / "scales.safetensors", {name: torch.tensor([0.5 + i]) for i, name in enumerate(names)})
+    scales = SafetensorsFiles(tmp_path / "scales.safetensors")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    copy_into_shards(tmp_path / "source", [*((n, files.entry(n)) for n in files.names()), *((n, scales.entry(n)) for n in names)])
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "tensor",
+        "dynamic": False,
+        "symmetric": True,
+    }
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    result = convert_checkpoint(tmp_path / "source", layout="compressed-tensors", out=tmp_path / "out")
+    written = SafetensorsFiles(tmp_path / "out")
+    assert [float(written.get(name)) for name in names] == [0.5, 1.5, 2.5, 3.5] and result.losses == []
+    without = convert_checkpoint(tmp_path / "source", layout="torchao", out=modelopt)
+    assert any("KV cache" in loss for loss in without.losses)
+    assert not any(name.endswith("k_scale") for name in SafetensorsFiles(modelopt).names())

@@ -38,6 +38,7 @@ __all__ = ["DirectorySource", "RandomSource", "RenamedSource", "TensorSource", "
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_MOST_LAYERS = 4096
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -453,6 +454,11 @@ def _check_counts(raw: dict[str, Any], file: Path) -> None:
             value = fields.get(name)
             if name in fields and value is not None and (type(value) is not int or value < 1):
                 raise CheckpointError(f"'{file}' says {name} = {value!r}, which is no positive integer", "repair or download it again")
+        layers = fields.get("num_hidden_layers")
+        if layers is not None and layers > _MOST_LAYERS:  # the modules of each are made before a tensor is looked for
+            raise CheckpointError(
+                f"'{file}' says num_hidden_layers = {layers}, and {_MOST_LAYERS} are the most", "repair or download it again"
+            )
 
 
 def _quantized_reader(path: Path, config: PretrainedConfig) -> LinearsReader | None:

@@ -31,7 +31,7 @@ from fewbit.checkpoints.registry import LAYOUTS, get_layout
 from fewbit.checkpoints.safetensors_files import TensorEntry
 from fewbit.checkpoints.shards import MAX_SHARD_BYTES
 from fewbit.checkpoints.sources import DirectorySource, TensorSource, open_source
-from fewbit.errors import FewbitError, OutputError, UsageError
+from fewbit.errors import CheckpointError, FewbitError, OutputError, UsageError
 from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
@@ -192,14 +192,29 @@ class _Conversion:
         def entry(name: str) -> TensorEntry | None:
             return files.entry(name) if files is not None and name in files else None
 
+        scales = self._cache_scales()
         return Feed(
-            names=source.names(),
+            names=[*source.names(), *scales],
             quantized=source.quantized_linears,
-            shape=source.shape,
-            dense=source.get,
-            entry=entry,
+            shape=lambda name: tuple(scales[name].shape) if name in scales else source.shape(name),
+            dense=lambda name: scales[name] if name in scales else source.get(name),
+            entry=lambda name: None if name in scales else entry(name),
             linear=self.linear,
         )
+
+    def _cache_scales(self) -> dict[str, torch.Tensor]:
+        """The static scales of the KV cache where the target keeps its format, under the names that compressed-tensors has: [1] each."""
+        source = self._source
+        if self._scheme.kv_keys is None or not isinstance(source, DirectorySource) or source.reader is None:
+            return {}
+        found = {}
+        for name in source.reader.cache_scales:
+            module, _, last = name.rpartition(".")
+            scale = source.files.get(name)
+            if scale.numel() != 1 or not bool((scale.float().isfinite() & (scale.float() > 0)).all()):
+                raise CheckpointError(f"'{name}' in '{source.describe()}' is no positive number", "write or download it again")
+            found[f"{module.removesuffix('.k_proj').removesuffix('.v_proj')}.{last}"] = scale.reshape(1)
+        return found
 
     def linear(self, prefix: str) -> QuantizedTensor:
         """One linear in the target's format; counts what changed, once per linear."""
@@ -257,6 +272,8 @@ class _Conversion:
             OutputError: it differs from what was meant to be written.
         """
         written: TensorSource = GgufSource(path) if self._target.single_file else DirectorySource(path)
+        if isinstance(written, DirectorySource) and len(self._cache_scales()) != len(written.reader.cache_scales if written.reader else ()):
+            raise OutputError("the scales of the KV cache do not read back as they were written", _BUG)
         lost = set(self._source.names()) ^ set(written.names())
         if lost:
             raise OutputError(f"'{min(lost)}' is in only one of the two checkpoints", _BUG)
