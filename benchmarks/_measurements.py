@@ -7,6 +7,7 @@ Which rows count is decided by columns of the file and by what its sources say o
     no flag of EXCLUDED_FLAGS: a baseline that ran in another runtime, eager frameworks, unfused kernels, experts, mixed builds, fallbacks
     a 16-bit row of the same device, runtime, version, model, batch and lengths
 
+A device is what its name says without the remark in parentheses: an A100 with a power cap is not another device than an A100.
 A row without a stated size of its weights gets parameters x nominal bits / 8, and says so (`nominal`).
 """
 
@@ -69,17 +70,19 @@ _KINDS: Mapping[str, tuple[Kind, float]] = {
 }
 # Devices that share a prior.
 FAMILIES: Mapping[Kind, str] = {
-    "nvidia_consumer": "nvidia",
-    "nvidia_datacenter": "nvidia",
-    "nvidia_workstation": "nvidia",
+    "nvidia_consumer": "gpu",
+    "nvidia_datacenter": "gpu",
+    "nvidia_workstation": "gpu",
     "nvidia_unified": "nvidia_unified",
-    "amd_datacenter": "other_gpu",
-    "intel_datacenter": "other_gpu",
+    "amd_datacenter": "gpu",
+    "intel_datacenter": "gpu",
     "amd_unified": "amd_unified",
     "apple": "apple",
     "intel_unified": "intel_unified",
     "cpu": "cpu",
 }
+# Software whose kernels and launches are alike: (part of the file's text, name).
+_RUNTIMES = (("llama.cpp", "llama.cpp"), ("torch", "torch"), ("OpenVINO", "openvino"), ("mlx", "mlx"), ("vLLM", "vllm"))
 _SCHEMES = {16: "BF16", 8: "W8A16", 6: "W8A16", 5: "W4A16", 4: "W4A16", 3: "W3A16", 2: "W2A16"}
 
 
@@ -195,14 +198,16 @@ def _group(members: Sequence[Mapping[str, str]], outlines: dict[tuple[str, str],
     if tokens and prompt and _number(first["fp16_tflops_dense"]) and "pp_anomalous" not in first["flag"]:
         prefill = MeasuredPoint(StepPoint("prefill", context=round(prompt)), 1e3 * prompt / tokens, None, first["row_id"])
     observed = Observed(
-        device=first["device"],
+        device=re.sub(r"\s*\(.*?\)", "", first["device"]),
         family=FAMILIES[hardware.kind],
+        runtime=next((name for part, name in _RUNTIMES if part in first["runtime"]), "other"),
         hardware=hardware,
         outline=outline,
         baseline=point(first),
         others=tuple(point(row) for row in others),
         bits=tuple(round(float(row["nominal_bits"])) for row in others),
         prefill=prefill,
+        known_bandwidth=known,
     )
     ids = tuple(row["row_id"] for row in (first, *others))
     yield Group(observed, ids, nominal, known, first["use_in_analysis"] == "kv_sweep")

@@ -36,27 +36,25 @@ from fewbit.predict.hardware import Kind
 _PRIORS = Path(__file__).parents[1] / "src" / "fewbit" / "predict" / "priors.toml"
 # Classes of device as the bars speak of them.
 _CLASSES = {
-    "nvidia": "GPU",
+    "gpu": "GPU",
     "nvidia_unified": "GPU",
-    "other_gpu": "GPU",
     "amd_unified": "integrated",
     "intel_unified": "integrated",
     "apple": "Apple",
     "cpu": "CPU",
 }
 # A family with too few devices takes the prior of the one that is most like it, widened.
-_RELATIVES = {"nvidia_unified": "nvidia", "other_gpu": "nvidia", "amd_unified": "intel_unified"}
+_RELATIVES = {"nvidia_unified": "gpu", "amd_unified": "intel_unified"}
+_LEAST_DEVICES_OF_A_RUNTIME = 3
 _FAMILY_OF_KINDS: dict[str, tuple[Kind, ...]] = {
-    "nvidia": ("nvidia_datacenter", "nvidia_workstation", "nvidia_consumer"),
+    "gpu": ("nvidia_datacenter", "nvidia_workstation", "nvidia_consumer", "amd_datacenter", "intel_datacenter"),
     "nvidia_unified": ("nvidia_unified",),
-    "other_gpu": ("amd_datacenter", "intel_datacenter"),
     "amd_unified": ("amd_unified",),
     "apple": ("apple",),
     "intel_unified": ("intel_unified",),
     "cpu": ("cpu",),
 }
 _SHARE_OF_BANDWIDTH = 0.93
-_UNKNOWN_BANDWIDTH_SPREAD = 0.7
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,16 @@ class Error:
         return abs((predicted or self.predicted_ms) / self.measured_ms - 1) * 100
 
 
-def family_prior(groups: Sequence[Group], family: str) -> Prior:
-    """The prior of a family, fitted on these groups."""
+def family_prior(groups: Sequence[Group], family: str, runtime: str | None = None) -> Prior:
+    """The prior of a family, fitted on these groups: on those of one runtime where enough devices ran it, else on all."""
     start = prior_of("unknown")
     relative = _RELATIVES.get(family)
     if relative is not None:
-        start = widened(family_prior(groups, relative))
-    known = [g.observed for g in groups if g.observed.family == family and (g.known_bandwidth or g.nominal or family == "cpu")]
+        start = widened(family_prior(groups, relative, runtime))
+    known = [g.observed for g in groups if g.observed.family == family and not g.sweep]
+    same = [one for one in known if one.runtime == runtime]
+    if len({one.device for one in same}) >= _LEAST_DEVICES_OF_A_RUNTIME:
+        known = same
     return fit_prior(known, start)
 
 
@@ -91,20 +92,20 @@ def leave_one_out(groups: Sequence[Group]) -> list[Error]:
     """Every device predicted with priors that were fitted without it."""
     errors = []
     for device in dict.fromkeys(group.observed.device for group in groups):
-        mine = [group for group in groups if group.observed.device == device]
-        prior = family_prior([group for group in groups if group.observed.device != device], mine[0].observed.family)
-        for group in mine:
-            errors += _errors(group, prior)
+        others = [group for group in groups if group.observed.device != device]
+        priors: dict[tuple[str, str], Prior] = {}
+        for group in groups:
+            if group.observed.device == device:
+                key = (group.observed.family, group.observed.runtime)
+                if key not in priors:
+                    priors[key] = family_prior(others, *key)
+                errors += _errors(group, priors[key])
     return errors
 
 
 def _errors(group: Group, prior: Prior) -> Iterable[Error]:
     base = group.observed.baseline
     assert base.weight_bytes is not None
-    if not group.known_bandwidth and not group.nominal:
-        spread = prior.spread.copy()
-        spread[FACTORS.index("memory")] = _UNKNOWN_BANDWIDTH_SPREAD
-        prior = Prior(prior.factors, spread, prior.residual, prior.source)
     for point, bits, row_id, prediction in zip(
         group.observed.others, group.observed.bits, group.row_ids[1:], group.observed.predict(prior), strict=True
     ):
@@ -178,18 +179,53 @@ def _line(name: str, chosen: Sequence[Error]) -> str:
 
 
 def write_priors(groups: Sequence[Group]) -> None:
-    """Write priors.toml: the default as it stands, and every family fitted on all devices."""
+    """Write priors.toml: the default as it stands, every family and runtime fitted on all devices, the byte ratio."""
     text = _PRIORS.read_text(encoding="utf-8")
-    head = text[: text.index("# ---- fitted")] if "# ---- fitted" in text else text.rstrip() + "\n\n"
-    parts = [head + "# ---- fitted: python benchmarks/predict_accuracy.py --write-priors\n"]
+    mark = "# ---- fitted"
+    head = text[: text.index(mark)] if mark in text else text[: text.index("# Decode times over")]
+    parts = [head.rstrip() + f"\n\n{mark}: python benchmarks/predict_accuracy.py --write-priors\n", _byte_ratio(groups)]
     for family, kinds in _FAMILY_OF_KINDS.items():
-        prior = family_prior(groups, family)
-        devices = len({g.observed.device for g in groups if g.observed.family == family})
-        rows = [f"{name} = [{getattr(prior.factors, name):.3g}, {prior.spread[i]:.3g}]" for i, name in enumerate(FACTORS)]
-        source = f"{devices} devices of benchmarks/measurements" + (f", and {_RELATIVES[family]} widened" if family in _RELATIVES else "")
-        for kind in kinds:
-            parts.append("\n".join([f"[{kind}]", *rows, f"residual = {prior.residual:g}", f'source = "{source}"', ""]))
+        mine = [g.observed for g in groups if g.observed.family == family]
+        named = {one.runtime: len({o.device for o in mine if o.runtime == one.runtime}) for one in mine}
+        runtimes = [name for name, devices in sorted(named.items()) if devices >= _LEAST_DEVICES_OF_A_RUNTIME]
+        for runtime in [None, *(runtimes if len(named) > 1 else [])]:
+            prior = family_prior(groups, family, runtime)
+            devices = named[runtime] if runtime else len({one.device for one in mine})
+            rows = [f"{name} = [{getattr(prior.factors, name):.3g}, {prior.spread[i]:.3g}]" for i, name in enumerate(FACTORS)]
+            rows += [f"residual = {prior.residual:g}", f'source = "{devices} devices of benchmarks/measurements{_of_relative(family)}"', ""]
+            parts += ["\n".join([f'["{kind}{f"@{runtime}" if runtime else ""}"]', *rows]) for kind in kinds]
     _PRIORS.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _of_relative(family: str) -> str:
+    return f", and {_RELATIVES[family]} widened" if family in _RELATIVES else ""
+
+
+def _byte_ratio(groups: Sequence[Group]) -> str:
+    """Quantiles of decode times over the estimate from nominal bytes alone."""
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        one, base = group.observed, group.observed.baseline
+        assert base.weight_bytes is not None
+        if group.known_bandwidth:
+            ratios["uncalibrated_16"].append(base.milliseconds / (base.weight_bytes / (one.hardware.bandwidth_gb_s * 1e6)))
+        for point, bits in zip(one.others, one.bits, strict=True):
+            ratios[f"calibrated_{bits}"].append(point.milliseconds / (base.milliseconds * bits / 16))
+    rows = [
+        f"{name} = [{np.quantile(ratios[name], 0.05):.3g}, {np.quantile(ratios[name], 0.95):.3g}]"
+        for name in ("uncalibrated_16", "calibrated_8", "calibrated_4")
+    ]
+    return "\n".join(
+        [
+            "# Decode times over the estimate from nominal bytes alone, [5 %, 95 %] of the published rows: of 16 bit over the data sheet's",
+            "# bandwidth, and of fewer bits over the 16-bit time scaled by the bits.",
+            "[byte_ratio]",
+            rows[0],
+            "calibrated_16 = [0.95, 1.05]",
+            *rows[1:],
+            "",
+        ]
+    )
 
 
 def main() -> int:

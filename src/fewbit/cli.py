@@ -559,6 +559,9 @@ def predict(
     estimator: Annotated[
         str, typer.Option(metavar="NAME", help="model, or bandwidth: nominal bits over the bandwidth, scaled by what was measured.")
     ] = "model",
+    runtime: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Software whose overheads are known apart: llama.cpp or torch; else the class's own.")
+    ] = None,
     schemes: Annotated[str | None, typer.Option(metavar="NAMES", help="Comma-separated, e.g. BF16,INT8,INT4,FP8,NVFP4,W8A8.")] = None,
     phase: Annotated[str | None, typer.Option(metavar="NAMES", help="decode, prefill or both with a comma.")] = None,
     kv: Annotated[str | None, typer.Option(metavar="NAMES", help="Formats of the KV cache: BF16, KV-INT8, KV-FP8, KV-INT4.")] = None,
@@ -569,6 +572,7 @@ def predict(
     head_dim: Annotated[int, typer.Option(metavar="N", help="For a bare parameter count: width of a head.", min=0)] = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Print every term of every step, and the factors behind them.")] = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the predicted steps here.")] = None,
+    figures: Annotated[Path | None, typer.Option("--figures", metavar="DIR", help="Write latency-bytes.svg and roofline.svg here.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Predict the time of prefill and decode on a device, with 90 % intervals, from its data sheet and whatever was measured."""
@@ -582,6 +586,7 @@ def predict(
         bandwidth_gb_s=bandwidth,
         measured=measured or (),
         estimator=estimator,
+        runtime=runtime,
         schemes=_words(schemes),
         phases=_words(phase),
         kv=_words(kv),
@@ -596,6 +601,10 @@ def predict(
         from fewbit.report.predict_table import predict_csv
 
         write_text(csv, predict_csv(result))
+    if figures is not None:
+        from fewbit.report.predict_figures import write_predict_figures
+
+        write_predict_figures(result, figures)
     if json:
         _print_json(result)
         return

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fewbit.predict.hardware import Kind
 
-__all__ = ["FACTORS", "Factors", "Prior", "byte_ratio_errors", "prior_of"]
+__all__ = ["FACTORS", "Factors", "Prior", "byte_ratio_errors", "known_runtimes", "prior_of"]
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,14 @@ def _read() -> Mapping[str, Prior]:
 _PRIORS = _read()
 
 
-def prior_of(kind: Kind | Literal["unknown"]) -> Prior:
-    """The prior of a class of device; the widest of all for one that nothing is known of."""
-    return _PRIORS.get(kind, _PRIORS["default"])
+def prior_of(kind: Kind | Literal["unknown"], runtime: str | None = None) -> Prior:
+    """The prior of a class of device, of one runtime where enough devices ran it; the widest of all for one that nothing is known of."""
+    return _PRIORS.get(f"{kind}@{runtime}", _PRIORS.get(kind, _PRIORS["default"]))
+
+
+def known_runtimes() -> tuple[str, ...]:
+    """Runtimes that some class of device has a prior of its own for."""
+    return tuple(sorted({name.partition("@")[2] for name in _PRIORS if "@" in name}))
 
 
 @cache

@@ -212,6 +212,7 @@ class PredictResults:
     Attributes:
         hardware: name of the device; bandwidth_gb_s: the one that was used.
         calibration_scale: measured over predicted time before calibration, geometric mean over the measured points; None without any.
+        dense_tflop_s: peaks of the device by number format; empty for the bandwidth estimator, which does not use them.
         factors: what calibration made of the efficiencies, with 90 % intervals (`efficiency.Factors` says what each is).
         bounds: where decode turns from one bound to another along the batch axis, in words.
         conclusions: what follows, in words.
@@ -225,6 +226,7 @@ class PredictResults:
     predictions: list[Prediction]
     measured: list[MeasuredStep]
     calibration_scale: float | None = None
+    dense_tflop_s: dict[str, float] = Field(default_factory=dict)
     factors: dict[str, Estimate] = Field(default_factory=dict)
     bounds: list[str] = Field(default_factory=list)
     conclusions: list[str] = Field(default_factory=list)

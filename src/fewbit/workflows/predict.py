@@ -25,7 +25,7 @@ from fewbit.predict.axis import bounds_along_batch
 from fewbit.predict.bandwidth import bandwidth_scale, predict_by_bandwidth
 from fewbit.predict.calibration import Z90
 from fewbit.predict.conclude import conclusions
-from fewbit.predict.efficiency import FACTORS
+from fewbit.predict.efficiency import FACTORS, Prior, known_runtimes, prior_of
 from fewbit.predict.hardware import Hardware, get_hardware, measured_hardware
 from fewbit.predict.measured import read_measured, scheme_name
 from fewbit.predict.outline import Outline, outline_of
@@ -62,6 +62,7 @@ def predict_model(
     bandwidth_gb_s: float | None = None,
     measured: Sequence[str] = (),
     estimator: str = "model",
+    runtime: str | None = None,
     schemes: Sequence[str] = (),
     phases: Sequence[str] = (),
     kv: Sequence[str] = (),
@@ -80,6 +81,7 @@ def predict_model(
         bandwidth_gb_s: in place of the data sheet's.
         measured: words or files, as `predict.measured` reads them: of this model on this device.
         estimator: `model`, or `bandwidth` (nominal bits over the bandwidth, scaled by the measured points).
+        runtime: software whose launches and kernels are known apart, `llama.cpp` or `torch`; the class's own prior when None.
         schemes, phases, kv, batches, contexts: the steps to predict, every combination. When empty: BF16, INT8, INT4 and what the
             device multiplies natively; phase, cache, batch and context that were measured, else decode of one sequence at 1,024 tokens.
         layers, kv_heads, head_dim: the cache's geometry, for a bare count.
@@ -103,6 +105,9 @@ def predict_model(
         warnings.append(
             f"the configuration says that its weights are stored as {inventory.quantized_as}; predicted is each scheme named here"
         )
+    if runtime is not None and runtime not in known_runtimes():
+        raise UsageError(f"nothing is known of the runtime '{runtime}'", f"choose one of {', '.join(known_runtimes())}, or leave it out")
+    prior = prior_of(device.kind, runtime)
     answer = _by_bandwidth if estimator == "bandwidth" else _by_model
     results = PredictResults(
         model=PredictedModel(
@@ -120,7 +125,7 @@ def predict_model(
         measured=steps,
         warnings=warnings,
     )
-    return _rounded(answer(results, device, outline, used, points))
+    return _rounded(answer(results, device, outline, used, points, prior))
 
 
 def resolve_hardware(name: str, *, file: Path | None = None, machine: Path | None = None, bandwidth_gb_s: float | None = None) -> Hardware:
@@ -179,7 +184,12 @@ def _natives(device: Hardware) -> list[str]:
 
 
 def _by_bandwidth(
-    results: PredictResults, device: Hardware, outline: Outline, used: Sequence[MeasuredPoint], points: Sequence[StepPoint]
+    results: PredictResults,
+    device: Hardware,
+    outline: Outline,
+    used: Sequence[MeasuredPoint],
+    points: Sequence[StepPoint],
+    prior: Prior,
 ) -> PredictResults:
     if results.measured and not used:
         raise UsageError("; ".join(results.warnings), "give a time that the bandwidth allows, or the bandwidth with --bandwidth")
@@ -197,15 +207,21 @@ def _by_bandwidth_warnings(used: Sequence[MeasuredPoint]) -> list[str]:
 
 
 def _by_model(
-    results: PredictResults, device: Hardware, outline: Outline, used: Sequence[MeasuredPoint], points: Sequence[StepPoint]
+    results: PredictResults,
+    device: Hardware,
+    outline: Outline,
+    used: Sequence[MeasuredPoint],
+    points: Sequence[StepPoint],
+    prior: Prior,
 ) -> PredictResults:
-    predictor = Predictor(device, outline, used)
+    predictor = Predictor(device, outline, used, prior=prior)
     predictions = [predictor.predict(point) for point in points]
     bounds = [line for point in _one_per_scheme(points) for line in bounds_along_batch(predictor, point)]
     return replace(
         results,
         predictions=predictions,
         calibration_scale=predictor.scale(),
+        dense_tflop_s=dict(device.dense_tflop_s),
         factors=_factors(predictor),
         bounds=bounds,
         conclusions=conclusions(predictor, predictions, results.measured),
