@@ -40,7 +40,8 @@ def test_worked_example_of_the_bandwidth_estimator(capsys: pytest.CaptureFixture
 
 def test_the_full_model_is_slower_and_has_an_interval() -> None:
     int4 = by_scheme(predict_model("7e9", measured=["bf16 decode 94 ms"], **ORIN))["W4A16"].milliseconds  # type: ignore[arg-type]
-    assert 23.5 < int4.low < int4.value < int4.high
+    assert int4.low < int4.value < int4.high
+    assert int4.value > 23.5
 
 
 def test_worked_example_of_the_prefill() -> None:
@@ -170,3 +171,26 @@ def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_meant(arguments: dict[str, Any]) -> None:
     with pytest.raises(FewbitError):
         predict_model(**{"model": "7e9", "hardware": "agx-orin-64gb", **arguments})
+
+
+def test_figures_show_steps_and_roofs(tmp_path: Path) -> None:
+    from fewbit.report.predict_figures import predict_figures, write_predict_figures
+
+    results = predict_model("qwen2.5-7b", hardware="h100-sxm", phases=["decode", "prefill"])
+    files = write_predict_figures(results, tmp_path)
+    assert [file.name for file in files] == ["latency-bytes.svg", "roofline.svg"]
+    latency, roofline = (file.read_text() for file in files)
+    assert "W4A16" in latency and "GB" in latency
+    assert "TFLOP/s" in roofline and "BF16 prefill, batch 1" in roofline
+    (only,) = predict_figures(predict_model("7e9", estimator="bandwidth", **ORIN))  # type: ignore[arg-type]
+    assert only.name == "latency-bytes"
+
+
+def test_a_runtime_has_a_prior_of_its_own() -> None:
+    times = {
+        runtime: by_scheme(predict_model("llama-3-8b", hardware="h100-sxm", runtime=runtime))["W4A16"].milliseconds.value
+        for runtime in (None, "torch", "llama.cpp")
+    }
+    assert len(set(times.values())) == 3
+    with pytest.raises(UsageError, match=r"llama\.cpp"):
+        predict_model("llama-3-8b", hardware="h100-sxm", runtime="abacus")
