@@ -633,6 +633,9 @@ def decide(
     *,
     hardware: Annotated[list[str], typer.Option(metavar="NAME", help="A device, e.g. h100-sxm or jetson-agx-orin-64gb; may be repeated.")],
     hardware_file: HardwareFileOption = None,
+    machine: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For this-machine: what fewbit bench --machine --json printed.")
+    ] = None,
     workload: Annotated[
         str,
         typer.Option(metavar="NAME", help="chat, single-stream, batch, prefill-heavy, edge, long-context, or a TOML file."),
@@ -688,6 +691,7 @@ def decide(
         bandwidth_gb_s=bandwidth,
         prices=parse_prices(price or ()),
         hardware_file=hardware_file,
+        machine=machine,
         layers=layers,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from fewbit.decide.candidates import situation_of
+from fewbit.decide.choose import decide_cell
 from fewbit.decide.decision import Cell, DecideResults
 from fewbit.decide.workload import Workload, get_workload, workload_names
 from fewbit.errors import UsageError
-from fewbit.predict.prediction import Estimate, MeasuredPoint, StepPoint
+from fewbit.models.inventory_sources import read_inventory
+from fewbit.predict.efficiency import Factors, Prior
+from fewbit.predict.hardware import get_hardware
+from fewbit.predict.prediction import MeasuredPoint, StepPoint
+from fewbit.predict.predictor import Predictor
 from fewbit.report.decide_table import decide_csv, render_decide
 from fewbit.workflows.decide import decide_deployment, parse_prices
 
@@ -36,9 +44,12 @@ def _speedup(cell: Cell, name: str) -> float:
 # --------------------------------------------------------------------------------------------------- rules from the physics
 
 
-@pytest.mark.parametrize("model", ["llama-2-7b", "qwen2.5-7b"])
-def test_jetson_with_7b_at_batch_16_wants_w4_with_an_8_bit_cache(model: str) -> None:
-    cell = _cell(model, "agx-orin-64gb", EDGE_16)
+@pytest.mark.parametrize(("model", "bf16_ms"), [("llama-2-7b", 90), ("qwen2.5-7b", 102)])
+def test_jetson_with_7b_at_batch_16_wants_w4_with_an_8_bit_cache(model: str, bf16_ms: int) -> None:
+    guess = _cell(model, "agx-orin-64gb", EDGE_16)
+    assert guess.choice == "W4A16 + KV-INT8" and guess.verdict in ("quantize", "abstain")
+    points = [f"bf16 decode {bf16_ms} ms", f"W8A16 decode {bf16_ms * 0.56} ms", f"W4A16 decode {bf16_ms * 0.34} ms"]
+    cell = decide_deployment([model], ["agx-orin-64gb"], workload=EDGE_16, measured=points).cells[0]
     assert (cell.verdict, cell.choice) == ("quantize", "W4A16 + KV-INT8")
     assert "bandwidth-bound" in cell.reason
 
@@ -157,23 +168,31 @@ def test_last_resorts_are_not_taken_while_something_else_passes() -> None:
 
 
 def test_it_abstains_when_intervals_overlap_and_a_measurement_settles_it() -> None:
-    workload = Workload("x", 8, 512, 256, "throughput")
-    cell = _cell("llama-3-8b", "m2-max", workload)
+    workload, device = Workload("x", 8, 512, 256, "throughput"), get_hardware("m2-max")
+    inventory = read_inventory("llama-3-8b")
+    spread = np.array([0.2, 0.6, 0.06, 0.12, 0.3, 0.3, 0.15, 0.5, 0.2])  # what a class of devices is known by, before anything is measured
+    prior = Prior(Factors(0.8, 4.0, 0.95, 0.85, 0.6, 0.5, 0.8, 0.35, 0.7), spread, 0.03, "for this test")
+
+    def cell_with(points: list[MeasuredPoint]) -> Cell:
+        situation = situation_of(inventory, "llama-3-8b", device, workload)
+        return decide_cell(dataclasses.replace(situation, predictor=Predictor(device, situation.outline, points, prior=prior)))
+
+    cell = cell_with([])
     assert cell.verdict == "abstain" and len(cell.between) >= 2
     assert cell.choice == cell.between[0] and "contains 1" in cell.reason
     assert cell.next_measurement is not None and cell.next_measurement.kind == "time"
     assert {one.name for one in cell.candidates if one.status == "undecided"} == set(cell.between[1:])
 
-    def time_of(cell: Cell, name: str) -> Estimate:
+    def step_ms(name: str) -> float:
         time = next(one for one in cell.candidates if one.name == name).time
         assert time is not None
-        return time.ms_per_token
+        return time.ms_per_token.value
 
     points = [
-        MeasuredPoint(StepPoint("decode", name, "BF16", 8, workload.mean_context), factor * time_of(cell, name).value)
+        MeasuredPoint(StepPoint("decode", name, "BF16", 8, workload.mean_context), factor * step_ms(name))
         for name, factor in (("W8A16", 1.15), ("W4A16", 0.8))
     ]
-    settled = decide_deployment(["llama-3-8b"], ["m2-max"], workload=workload, measured=points).cells[0]
+    settled = cell_with(points)
     assert settled.verdict == "quantize" and settled.chosen is not None and settled.chosen.weights == "W4A16"
 
 

@@ -41,8 +41,8 @@ def _latency(cell: Cell, shown: Sequence[Candidate]) -> RenderedFigure:
     with drawing():
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.subplots()
-        points = []
-        for one in shown:
+        points, labels = [], []
+        for one in sorted(shown, key=lambda one: one.status != "rejected"):  # what matters is drawn last
             assert one.time is not None
             time, colour = one.time.ms_per_token, _COLOURS[one.status]
             x = (one.memory.weights_bytes + one.memory.cache_bytes) / 1e9
@@ -52,12 +52,13 @@ def _latency(cell: Cell, shown: Sequence[Candidate]) -> RenderedFigure:
             )
             if one in named:
                 points.append((x, time.value))
+                labels.append(one.name)
         axes.set_xlim(0, None)
         axes.set_ylim(0, None)
         axes.grid(axis="y")
         axes.set_xlabel("weights and full cache (GB)")
         axes.set_ylabel("ms per token")
-        place_labels(figure, axes, points, [one.name for one in named], colour=INK, leader_colour=MUTED)
+        place_labels(figure, axes, points, labels, colour=INK, leader_colour=MUTED)
         title = f"What fewer bytes buy in time on {cell.label}"
         caption = (
             "Predicted time of a decode step at the workload's batch, with 90 % intervals, against bytes in memory. "

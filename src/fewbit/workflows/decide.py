@@ -20,13 +20,14 @@ from fewbit.decide.workload import Workload, get_workload, with_limits
 from fewbit.errors import UsageError
 from fewbit.models.inventory import Inventory
 from fewbit.models.inventory_sources import read_inventory
-from fewbit.predict.hardware import Hardware, get_hardware
+from fewbit.predict.hardware import Hardware
 from fewbit.predict.measured import read_measured
 from fewbit.predict.outline import outline_of
 from fewbit.predict.plausible import examine
 from fewbit.predict.prediction import MeasuredPoint
 from fewbit.report.results_file import read_results
 from fewbit.results import CompareResults
+from fewbit.workflows.predict import resolve_hardware
 
 __all__ = ["decide_deployment", "parse_prices", "quality_of_results"]
 
@@ -47,6 +48,7 @@ def decide_deployment(
     measured: Sequence[str | MeasuredPoint] = (),
     prices: Mapping[str, float] | None = None,
     hardware_file: Path | None = None,
+    machine: Path | None = None,
     bandwidth_gb_s: float | None = None,
     layers: int = 0,
     kv_heads: int = 0,
@@ -62,6 +64,7 @@ def decide_deployment(
         max_ms_per_token, max_ttft_ms: milliseconds. max_quality_loss: percent of perplexity.
         quality: results of `fewbit compare` on the model. perplexity: `bf16=12.4,int8=12.48`, or a mapping by scheme.
         measured: times on the device, as words, files (`predict.measured`) or points; for one model on one device.
+        machine: for `this-machine`: what `fewbit bench --machine --json` printed; measured now when None.
         bandwidth_gb_s: in place of the data sheet's; for one device.
         prices: per hour and device, by the device's name, or under the empty name for all.
         hardware_file: TOML with further devices.
@@ -89,7 +92,7 @@ def decide_deployment(
         max_ttft_ms=max_ttft_ms,
         max_quality_loss=max_quality_loss,
     )
-    devices = [get_hardware(name, bandwidth_gb_s=bandwidth_gb_s, file=hardware_file) for name in dict.fromkeys(hardware)]
+    devices = [_device(name, hardware_file, machine, bandwidth_gb_s) for name in dict.fromkeys(hardware)]
     inventories = {str(name): read_inventory(name, layers=layers, kv_heads=kv_heads, head_dim=head_dim) for name in dict.fromkeys(models)}
     losses, warnings = _qualities(quality, perplexity, inventories)
     points, doubts = _points(measured, devices[0], next(iter(inventories.values())))
@@ -105,6 +108,11 @@ def decide_deployment(
 
         write_decide(results, [scene_of(situation) for situation in situations], out)
     return results
+
+
+def _device(name: str, file: Path | None, machine: Path | None, bandwidth_gb_s: float | None) -> Hardware:
+    mine = name.strip().lower() == "this-machine"
+    return resolve_hardware(name, file=file, machine=machine if mine else None, bandwidth_gb_s=bandwidth_gb_s)
 
 
 def _situation(
