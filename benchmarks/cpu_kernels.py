@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_kernels.py                     # all bars; needs the peers' environments in benchmarks/.peers
     python benchmarks/cpu_kernels.py --only m8           # the cases whose name begins so
+    python benchmarks/cpu_kernels.py --results FILE      # keeps every measured case in FILE, and measures only those that are not there
 
 Every contender is a process of its own (`peers/kernels_NAME.py`) that holds as many copies of the weight as make six times the last-level
 cache; a pass multiplies with each copy once. Passes take turns (`_interleaved.py`); the figures are medians of the passes that had the
@@ -12,10 +13,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from _bars import Bar, NotMeasuredError, add_arguments, run_bars
 from _interleaved import Contender, PeerError, Series, Worker, interleave
@@ -26,9 +31,9 @@ PEERS_AT_4_BITS = (
 )  # fmt: skip
 _SINGLE = (
     *PEERS_AT_4_BITS, "onnxruntime-2bit-b128", "llamacpp-q8_0", "torch-bf16", "torch-bf16-prepacked", "torch-w8a8", "bnb-nf4",
-    "unfused-int4", "unfused-nf4", "fewbit-int4", "fewbit-int4-exact", "fewbit-int8", "fewbit-int3", "fewbit-int2",
+    "unfused-int4", "unfused-nf4", "fewbit-int4", "fewbit-int4-exact", "fewbit-int8", "fewbit-int3", "fewbit-int2", "fewbit-w8a8",
 )  # fmt: skip
-_BATCH = (*PEERS_AT_4_BITS, "torch-bf16", "torch-w8a8", "fewbit-int4", "fewbit-int8")
+_BATCH = (*PEERS_AT_4_BITS, "torch-bf16", "torch-w8a8", "fewbit-int4", "fewbit-int8", "fewbit-w8a8")
 CASES = {f"m1-{n}x{k}": (n, k, 1, _SINGLE) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008))}
 CASES |= {f"m{m}-4096x4096": (4096, 4096, m, _BATCH) for m in (8, 32, 128)}
 _GIB, _CACHE_BYTES = 1 << 30, 36 << 20
@@ -44,6 +49,22 @@ class Measured:
     series: dict[str, Series]
     reasons: dict[str, str]
     bandwidth: float
+    about: dict[str, str]  # when, on what
+
+    def to_json(self) -> dict[str, Any]:
+        """All passes in seconds, and what is known about each contender."""
+        series = {name: {"seconds": s.kept, "dropped": s.dropped, **s.facts} for name, s in self.series.items()}
+        return {**self.about, "read_bandwidth_gb_per_s": self.bandwidth, "contenders": series, "not_measured": self.reasons}
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> Measured:
+        """The inverse of `to_json`."""
+        series = {}
+        for name, facts in kept["contenders"].items():
+            rest = {key: value for key, value in facts.items() if key not in ("seconds", "dropped")}
+            series[name] = Series(facts["seconds"], facts["dropped"], rest)
+        about = {key: value for key, value in kept.items() if isinstance(value, str)}
+        return cls(series, kept["not_measured"], kept["read_bandwidth_gb_per_s"], about)
 
     def seconds(self, name: str) -> float:
         """Median seconds of one product."""
@@ -68,15 +89,20 @@ class Measured:
 class Kernels:
     """Runs cases on demand, each once."""
 
-    def __init__(self, threads: int, passes: int, limit: float) -> None:
-        self.threads, self.passes, self.limit = threads, passes, limit
-        self._done: dict[str, Measured] = {}
+    def __init__(self, threads: int, passes: int, limit: float, results: Path | None = None) -> None:
+        self.threads, self.passes, self.limit, self.results = threads, passes, limit, results
+        kept = json.loads(results.read_text(encoding="utf-8")) if results is not None and results.is_file() else {}
+        self._done = {name: Measured.from_json(case) for name, case in kept.items()}
 
     def case(self, name: str) -> Measured:
         """The case's measurements; a table of them is printed when they are made."""
         if name not in self._done:
             self._done[name] = self._measure(name)
             print(table(name, self._done[name]), flush=True)
+            if self.results is not None:
+                self.results.parent.mkdir(parents=True, exist_ok=True)
+                text = json.dumps({case: done.to_json() for case, done in self._done.items()}, indent=1)
+                self.results.write_text(text + "\n", encoding="utf-8")
         return self._done[name]
 
     def _measure(self, name: str) -> Measured:
@@ -91,6 +117,8 @@ class Kernels:
                 peer = contender.split("-")[0].replace("unfused", "torch").replace("bnb", "bitsandbytes")
                 bits = next((bits for word, bits in _BITS.items() if word in contender), 4)
                 copies = max(2, -(-6 * _CACHE_BYTES * 8 // (n * k * bits)))
+                if peer == "torch" and "unfused" in contender:
+                    copies = 2  # each makes a BF16 copy, far larger than the cache, at every call
                 case = {
                     "n": n,
                     "k": k,
@@ -116,7 +144,16 @@ class Kernels:
         for read in reads:
             with contextlib.suppress(NotMeasuredError, KeyError):
                 rates.append(_GIB / series[read].median() / 1e9)
-        return Measured(series, reasons, max(rates, default=float("nan")))
+        about = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": _cpu(), "platform": platform.platform()}
+        about["threads"] = str(self.threads)
+        return Measured(series, reasons, max(rates, default=float("nan")), about)
+
+
+def _cpu() -> str:
+    """The CPU's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def table(name: str, measured: Measured) -> str:
@@ -162,6 +199,8 @@ def bars(kernels: Kernels, only: str) -> list[Bar]:
     add("m8-4096x4096", "int4-over-best-peer", lambda m: m.best(PEERS_AT_4_BITS) / m.seconds("fewbit-int4"), ">", 1.0, "speed")
     for case, factor in (("m32-4096x4096", 2.4), ("m128-4096x4096", 2.0)):
         add(case, "int4-over-bf16", lambda m: m.seconds("torch-bf16") / m.seconds("fewbit-int4"), ">=", factor, "speed over F.linear")
+    for case in ("m32-4096x4096", "m128-4096x4096"):
+        add(case, "w8a8-over-onednn", lambda m: m.seconds("torch-w8a8") / m.seconds("fewbit-w8a8"), ">=", 1.0, "speed over oneDNN's")
     return made
 
 
@@ -171,9 +210,12 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=15, help="passes of each contender that count")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of passes per case")
     parser.add_argument("--only", default="", help=f"cases whose names begin so: {', '.join(CASES)}")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="keep the measured cases in FILE; those that it has are not measured again"
+    )
     add_arguments(parser)
     arguments = parser.parse_args()
-    kernels = Kernels(arguments.threads, arguments.passes, arguments.limit)
+    kernels = Kernels(arguments.threads, arguments.passes, arguments.limit, arguments.results)
     return run_bars(bars(kernels, arguments.only), list_only=arguments.list, json_file=arguments.json)
 
 

@@ -11,7 +11,7 @@ from _worker import Pass, serve
 
 import fewbit
 from fewbit import _native
-from fewbit.formats.spec import QuantSpec
+from fewbit.formats.spec import SCHEMES, QuantSpec
 from fewbit.kernels.base import KernelRequest
 from fewbit.kernels.cpu.extension import use_torch_threads
 from fewbit.kernels.dispatch import select
@@ -24,6 +24,7 @@ _CONTENDERS = {
     "fewbit-int3": (3, "int8-activations"),
     "fewbit-int2": (2, "int8-activations"),
     "fewbit-int4-exact": (4, "exact"),
+    "fewbit-w8a8": (8, "exact"),
 }
 
 
@@ -31,8 +32,11 @@ def setup(case: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
     torch.set_num_threads(case["threads"])
     use_torch_threads()
     bits, compute = _CONTENDERS[case["contender"]]
-    spec = QuantSpec(bits, strategy="group", group_size=case["group"], scale_dtype="bfloat16")
-    request = KernelRequest(spec, None, case["n"], case["k"], dtype=torch.float32, compute=compute)
+    spec, inputs_spec = QuantSpec(bits, strategy="group", group_size=case["group"], scale_dtype="bfloat16"), None
+    if case["contender"] == "fewbit-w8a8":
+        assert SCHEMES["W8A8"].weights is not None
+        spec, inputs_spec = SCHEMES["W8A8"].weights, SCHEMES["W8A8"].input_activations
+    request = KernelRequest(spec, inputs_spec, case["n"], case["k"], dtype=torch.float32, compute=compute)
     selection = select(request)
     weight = rtn(torch.from_numpy(tiled(block(case), case["n"])), spec)
     linears, kept = [], []

@@ -32,7 +32,7 @@ def request_for(scheme: str, shape: tuple[int, int] = (64, 256), **fields) -> Ke
         ("NVFP4", "cpu-fp4-exact"),
         ("NF4", "cpu-nf4"),
         ("FP8A16", "cpu-fp8-e4m3"),
-        ("W8A8", "onednn-w8a8"),
+        ("W8A8", "cpu-w8a8"),
     ]
     + [(name, "reference") for name in ("FP8", "FP8-BLOCK")],
 )

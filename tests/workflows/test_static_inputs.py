@@ -47,7 +47,7 @@ def test_codes_saturate_beyond_the_calibrated_range() -> None:
             check_static(wrong)
 
 
-@pytest.mark.parametrize("name", ["reference", "onednn-w8a8"])
+@pytest.mark.parametrize("name", ["reference", "onednn-w8a8", "cpu-w8a8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels(name: str, dtype: torch.dtype) -> None:
     weight, x = weight_and_inputs()
@@ -65,7 +65,7 @@ def test_kernels(name: str, dtype: torch.dtype) -> None:
 
 
 def test_the_fused_kernel_is_selected() -> None:
-    assert select(KernelRequest(WEIGHTS, INPUTS, 48, 64)).kernel.name in ("onednn-w8a8", "reference")
+    assert select(KernelRequest(WEIGHTS, INPUTS, 48, 64)).kernel.name in ("cpu-w8a8", "onednn-w8a8", "reference")
     assert KERNEL["onednn-w8a8"].refuse_format(KernelRequest(WEIGHTS, INPUTS, 48, 64)) is None
 
 
@@ -108,6 +108,6 @@ def test_a_model_with_static_inputs(tiny_llama_dir: Path, tmp_path: Path) -> Non
     assert len({float(scale) for scale in shared if scale is not None}) == 1
     result = evaluate(out, against=tiny_llama_dir, max_tokens=2048)
     assert result.quality is not None and result.quality.kl_divergence_nats.value < 0.05
-    assert {use.kernel for use in result.kernels} <= {"onednn-w8a8", "reference", "dense"} and len(result.kernels) >= 1
+    assert {use.kernel for use in result.kernels} <= {"cpu-w8a8", "onednn-w8a8", "reference", "dense"} and len(result.kernels) >= 1
     with pytest.raises(UsageError, match="static"):
         quantize_model(tiny_llama_dir, scheme="W8A8-STATIC", out=tmp_path / "rtn", method="rtn")

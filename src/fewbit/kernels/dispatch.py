@@ -10,6 +10,7 @@ from fewbit.kernels.base import Kernel, KernelRequest, PassedOver, Selection
 from fewbit.kernels.cpu.exact import CpuExact
 from fewbit.kernels.cpu.int_activations import CpuIntActivations
 from fewbit.kernels.cpu.tables import CpuTables
+from fewbit.kernels.cpu.w8a8 import CpuW8A8
 from fewbit.kernels.dense import DenseKernel
 from fewbit.kernels.onednn_w8a8 import OneDnnW8A8
 from fewbit.kernels.reference import ReferenceKernel
@@ -30,6 +31,7 @@ KERNELS: tuple[Kernel, ...] = (
     *(CpuTables(grid) for grid in ("nf4", "codebook4", "fp8_e4m3", "fp8_e5m2")),
     TorchInt4Pack(),
     TorchInt8Pack(),
+    CpuW8A8(),
     OneDnnW8A8(),
     TritonWeightOnly(),
     TritonW8A8(),
