@@ -45,7 +45,7 @@ def tiny_config() -> PretrainedConfig:
 
 def measure_single(settings: Settings, clock: Clock, shapes: str) -> list[dict[str, Any]]:
     """Batch 1: ms for the tokens with and without graphs, bytes of weights, peak memory; one row per way to run."""
-    tokens, config = (2, tiny_config()) if settings.tiny else (32, shapes_config(shapes))
+    tokens, config = (1, tiny_config()) if settings.tiny else (32, shapes_config(shapes))
     rows: list[dict[str, Any]] = []
     for name, scheme, kernel, head in ROWS:
         if clock.allows(f"{name} {shapes}"):
@@ -116,7 +116,7 @@ def measure_batches(settings: Settings, clock: Clock, shapes: str) -> list[dict[
 
 
 def _batches(settings: Settings, config: PretrainedConfig, scheme: str, batches: tuple[int, ...]) -> list[dict[str, Any]]:
-    steps, context, prompt = (1, 4, 6) if settings.tiny else (24, 128, 2048)
+    steps, context, prompt = (1, 4, 2) if settings.tiny else (24, 128, 2048)
     model = random_model(config, get_scheme(scheme), settings.device, settings.dtype)
     engine, rows = GpuEngine(model), []
     for batch in batches:

@@ -19,6 +19,7 @@ from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.gpu_engine import GpuEngine
 from fewbit.runtime.gpu_model import gpu_engine_refusal, model_of, random_model
 from fewbit.runtime.load import LoadedModel, load_model
+from fewbit.runtime.runner import GpuRunner
 
 _TINY: dict[str, Any] = {
     "vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -60,6 +61,12 @@ def check(family: str, scheme: str, device: str) -> None:
     for expected, logits in zip(steps, got, strict=True):
         assert float((expected - logits).abs().max()) < (0.05 if device == "cuda" else 1e-4) * float(expected.abs().max()), (family, scheme)
     assert ours.lengths == [7, 4] and ours.positions.tolist() == [7, 4]
+    if family == "mistral":
+        runner = GpuRunner(loaded)
+        again = runner.new_cache(16)
+        first = runner.prefill(prompt[None], again)[0].clone()
+        second = runner.decode(first.argmax().view(1, 1), again)[0]
+        assert torch.equal(first, got[0]) and float((second - got[1]).abs().max()) < 1e-4 * float(second.abs().max())
 
 
 def check_random(device: str) -> None:

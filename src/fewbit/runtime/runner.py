@@ -11,16 +11,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from fewbit.errors import KernelError, UsageError
 from fewbit.kernels.gemv import single_token
 from fewbit.runtime.engine import Engine, EngineCache, engine_refusal
+from fewbit.runtime.gpu_engine import GpuCache, GpuEngine
+from fewbit.runtime.gpu_model import GpuModel, gpu_engine_refusal, model_of
 from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.load import LoadedModel
 
-__all__ = ["EngineRunner", "Runner", "RuntimeChoice", "TransformersRunner", "decode_step", "make_runner", "prefill", "runtime_choice"]
+__all__ = [
+    "EngineRunner",
+    "GpuRunner",
+    "Runner",
+    "RuntimeChoice",
+    "TransformersRunner",
+    "decode_step",
+    "make_runner",
+    "prefill",
+    "runtime_choice",
+]
 
 RuntimeChoice = Literal["auto", "engine", "transformers"]
 
@@ -133,6 +147,32 @@ class EngineRunner(Runner):
             yield
 
 
+_GPU_MODELS: WeakKeyDictionary[nn.Module, GpuModel] = WeakKeyDictionary()  # joined weights, so that they are joined once
+
+
+class GpuRunner(Runner):
+    """Through `runtime.gpu_engine`: decode steps are replayed from CUDA graphs where the kernels allow it."""
+
+    path = "engine"
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded)
+        if loaded.model not in _GPU_MODELS:
+            _GPU_MODELS[loaded.model] = model_of(loaded)
+        self.engine = GpuEngine(_GPU_MODELS[loaded.model])
+
+    def new_cache(self, capacity: int, sequences: int = 1) -> GpuCache:
+        return self.engine.new_cache(capacity, sequences)
+
+    def prefill(self, input_ids: torch.Tensor, cache: GpuCache) -> torch.Tensor:
+        for sequence, tokens in enumerate(input_ids):
+            self.engine.prefill(tokens, cache, sequence)
+        return cache.logits[: input_ids.shape[0]]
+
+    def decode(self, tokens: torch.Tensor, cache: GpuCache) -> torch.Tensor:
+        return self.engine.decode(cache, tokens[:, 0])
+
+
 def runtime_choice(name: str) -> RuntimeChoice:
     """The choice of that name.
 
@@ -158,9 +198,15 @@ def make_runner(loaded: LoadedModel, runtime: RuntimeChoice = "auto") -> Runner:
     """
     if runtime == "transformers":
         return TransformersRunner(loaded, "transformers was asked for")
-    reason = engine_refusal(loaded)
-    if reason is None:
-        return EngineRunner(loaded)
+    if loaded.model.device.type == "cuda":
+        rotary = getattr(getattr(loaded.model, "model", None), "rotary_emb", None)
+        reason = gpu_engine_refusal(loaded.config, loaded.scheme, str(loaded.model.device), loaded.dtype, rotary)
+        if reason is None:
+            return GpuRunner(loaded)
+    else:
+        reason = engine_refusal(loaded)
+        if reason is None:
+            return EngineRunner(loaded)
     if runtime == "engine":
         raise KernelError(
             f"the engine cannot run '{loaded.source.describe()}': {reason}", "leave the runtime to fewbit, or ask for transformers"

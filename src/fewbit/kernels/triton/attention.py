@@ -35,7 +35,7 @@ __all__ = ["INT4_GROUP", "CacheLayer", "append", "attend", "new_layer", "read"]
 INT4_GROUP = 32
 _GROUP = tl.constexpr(INT4_GROUP)
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)  # formats.scales.SMALLEST_SCALE of bfloat16: 2**-126
-_BLOCK_TOKENS = 64
+_BLOCK_VALUES = 64 * 128  # of keys that a step of the loop reads: three stages of them and of values fit into 99 KiB
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,7 @@ def attend(queries: torch.Tensor, layer: CacheLayer, lengths: torch.Tensor, scal
     grouped = heads // kv_heads
     constants = {
         "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WINDOW": layer.window, "DTYPE": _TRITON_DTYPES[queries.dtype],
-        "GROUPED": grouped, "BLOCK_G": max(16, triton.next_power_of_2(grouped)), "BLOCK_T": _BLOCK_TOKENS, "num_warps": 4,
+        "GROUPED": grouped, "BLOCK_G": max(16, triton.next_power_of_2(grouped)), "BLOCK_T": _BLOCK_VALUES // max(dim, 128), "num_warps": 4,
     }  # fmt: skip
     stored = (layer.keys, layer.values, layer.key_scale, layer.value_scale, layer.key_zero, layer.value_zero)
     _attend[(batch * kv_heads, parts)](

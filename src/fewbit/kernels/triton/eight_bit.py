@@ -96,7 +96,8 @@ def multiply(
     _products[grid](
         x.values, values, x.scale, scale, out, rows, outputs, columns, scale.shape[-1], k_per_part, INTEGER=values.dtype == torch.int8,
         BLOCK_ROWS=block_shape[0] if block_shape else 0, BLOCK_COLUMNS=block_shape[1] if block_shape else 0,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8 if block_m == 128 else 4, num_stages=4,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8 if block_m == 128 else 4,
+        num_stages=4 if block_m == 16 else 2,  # 99 KiB of shared memory are enough
     )  # fmt: skip
     return out
 
