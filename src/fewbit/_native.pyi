@@ -114,6 +114,9 @@ class rows:
     @staticmethod
     def sum_of_squares(instruction_set: str, x: torch.Tensor) -> float: ...
 
+def use_huge_pages(array: torch.Tensor) -> None:
+    """Back a contiguous tensor with huge pages, as far as the system does it. For weights: once, when they are packed."""
+
 def int_instruction_sets() -> list[str]:
     """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `avx512vl-vnni`, `avx-vnni`, `avx2`, `portable`."""
 

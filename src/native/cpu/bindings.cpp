@@ -3,6 +3,7 @@
 #include "apply.hpp"
 #include "dense.hpp"
 #include "digit_linear.hpp"
+#include "huge_pages.hpp"
 #include "int_linear.hpp"
 #include "sequence.hpp"
 #include "table_linear.hpp"
@@ -180,6 +181,9 @@ void bind_cpu(nb::module_ &m) {
     m.def("table_linear", &table_linear, "tiles"_a, "out_features"_a, "in_features"_a, "format"_a, "bfloat16_scales"_a, "group"_a,
           "table"_a.none() = nb::none(), "instruction_set"_a = "", nb::keep_alive<0, 1>());
     m.def("dense_linear", &dense_linear, "weight"_a, "instruction_set"_a = "", nb::keep_alive<0, 1>());
+    m.def(
+        "use_huge_pages", [](const nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro> &array) { use_huge_pages(array.data(), array.nbytes()); },
+        "array"_a);
     bind_rows(m);
 }
 

@@ -22,6 +22,7 @@ constexpr std::size_t kTokens = 12;       // of a register block
 constexpr std::size_t kBlock = 512;       // columns at once: of 32 rows as bytes, half of the first level cache
 constexpr std::size_t kDirectTokens = 48; // up to here INT4 is not spread
 constexpr std::size_t kPrefetch = 2048;   // bytes ahead
+constexpr int kStreams = 2;               // tiles side by side at one token
 constexpr std::size_t kTileLoad = kTileRows * sizeof(float);
 
 inline __m512i broadcast4(const void *from) {
@@ -147,26 +148,40 @@ template <> inline __m512i dot_one<2>(const std::uint8_t *codes, const std::int8
     return _mm512_add_epi32(_mm512_add_epi32(a, _mm512_srai_epi32(b, 2)), upper);
 }
 
+// `Tiles` tiles from `tile` on, group by group in turns: as many streams of memory, which hardware prefetches further ahead than one.
+template <int Bits, int Tiles>
+void multiply_tiles(const IntWeight &w, const Input &x, float *y, std::size_t tile, std::size_t rows, float total) {
+    const std::size_t group_bytes = w.group * kTileRows * Bits / 8, tile_bytes = w.groups * group_bytes;
+    const bool channel = w.scale_layout == ScaleLayout::channel;
+    const std::uint8_t *codes = w.codes + tile * tile_bytes;
+    __m512 results[Tiles];
+    for (int t = 0; t < Tiles; ++t) results[t] = _mm512_setzero_ps();
+    for (std::size_t g = 0; g < w.groups; ++g, codes += group_bytes) {
+        const __m512 x_scale = _mm512_set1_ps(x.scales[g]);
+        for (int t = 0; t < Tiles; ++t) {
+            __m512i sum = dot_one<Bits>(codes + t * tile_bytes, x.codes + g * w.group, w.group, x.starts + g);
+            __m512 scale = x_scale;
+            if (!channel) {
+                if (w.zeros != nullptr) sum = _mm512_sub_epi32(sum, zero_correction(w, (tile + t) * w.groups + g, x.sums + g));
+                scale = _mm512_mul_ps(scale, group_scale(w, tile + t, g));
+            }
+            results[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, results[t]);
+        }
+    }
+    for (int t = 0; t < Tiles; ++t) {
+        if (channel) results[t] = channel_result(w, tile + t, results[t], total);
+        _mm512_mask_storeu_ps(y + t * kTileRows, row_mask(rows - std::size_t(t) * kTileRows), results[t]);
+    }
+}
+
 template <int Bits> void multiply_one(const IntWeight &w, const Input &x, float *y, std::size_t begin, std::size_t end) {
-    const std::size_t group_bytes = w.group * kTileRows * Bits / 8;
     const bool channel = w.scale_layout == ScaleLayout::channel;
     const float total = channel && w.zeros != nullptr ? scaled_total(x, 0) : 0.0f;
-    for (std::size_t first = begin; first < end; first += kTileRows) {
-        const std::size_t tile = first / kTileRows;
-        const std::uint8_t *codes = w.codes + tile * w.groups * group_bytes;
-        __m512 result = _mm512_setzero_ps();
-        for (std::size_t g = 0; g < w.groups; ++g, codes += group_bytes) {
-            __m512i sum = dot_one<Bits>(codes, x.codes + g * w.group, w.group, x.starts + g);
-            __m512 scale = _mm512_set1_ps(x.scales[g]);
-            if (!channel) {
-                if (w.zeros != nullptr) sum = _mm512_sub_epi32(sum, zero_correction(w, tile * w.groups + g, x.sums + g));
-                scale = _mm512_mul_ps(scale, group_scale(w, tile, g));
-            }
-            result = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, result);
-        }
-        if (channel) result = channel_result(w, tile, result, total);
-        _mm512_mask_storeu_ps(y + first, row_mask(end - first), result);
+    std::size_t first = begin;
+    for (; first + kStreams * kTileRows <= end; first += kStreams * kTileRows) {
+        multiply_tiles<Bits, kStreams>(w, x, y + first, first / kTileRows, kStreams * kTileRows, total);
     }
+    for (; first < end; first += kTileRows) multiply_tiles<Bits, 1>(w, x, y + first, first / kTileRows, end - first, total);
 }
 
 // ------------------------------------------------------------------------------------------------------------ several tokens

@@ -84,6 +84,7 @@ class CpuIntActivations(Kernel):
         group = _input_group(request)
         columns = -(-request.in_features // group) * group
         packed = {"codes": tile_codes(weight.values, self._num_bits, columns)}
+        native.use_huge_pages(packed["codes"])
         per_channel = weight.scale.shape[1] == 1
         repeats = 1 if per_channel else columns // group // weight.scale.shape[1]
         scale = scale_as_float(weight.scale, weight.spec, weight.global_scale).repeat_interleave(repeats, dim=1)

@@ -75,8 +75,10 @@ class CpuW8A8(Kernel):
         """`codes` uint8 [tiles, lines, 64]; `scales` float32 [tiles, 16]; static: `input_scale` float32 [1]."""
         if not isinstance(weight, QuantizedTensor):
             raise FormatError(f"{self.name} packs quantized weights", "quantize the tensor first (methods.rtn)")
+        codes = tile_codes(weight.values, 8, _group(request))
+        native.use_huge_pages(codes)
         return {
-            "codes": tile_codes(weight.values, 8, _group(request)),
+            "codes": codes,
             "scales": tile_rows(weight.scale.float()).view(-1, 16),
             **self.static_input_scale(weight, request),
         }
