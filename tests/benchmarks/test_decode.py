@@ -1,0 +1,56 @@
+"""benchmarks/decode.py on made-up passes: which figures its bars compare."""
+
+from __future__ import annotations
+
+import decode
+import pytest
+from _bars import NotMeasuredError
+from _interleaved import Series
+
+
+def _series(seconds: float, **facts: object) -> Series:
+    return Series(kept=[seconds] * 5, facts={"tokens": 8, "passes": 8, "bytes": 400_000_000, "head": "INT8", "version": "1", **facts})
+
+
+class _Models(decode.Models):
+    """Fewbit takes 80 ms for 8 tokens, llama.cpp 100 ms."""
+
+    def __init__(self, bandwidth: float) -> None:
+        super().__init__(2, 1, 1.0)
+        self._bandwidth = bandwidth
+
+    def phase(self, shapes: str, group: str, phase: str) -> decode.Measured:
+        names = decode.GROUPS[group]
+        series = {name: _series(0.08 if name.startswith("fewbit") else 0.1) for name in names if not name.startswith("openvino")}
+        return decode.Measured(series, self._bandwidth, {"openvino-q4_0": "not installed"})
+
+
+def _values(bandwidth: float, only: str = "") -> dict[str, float]:
+    values = {}
+    for bar in decode.bars(_Models(bandwidth), only):
+        if bar.name != "memory-growth":
+            try:
+                values[bar.name] = bar.value()
+            except NotMeasuredError:
+                values[bar.name] = float("nan")
+    return values
+
+
+def test_decode_is_held_against_the_peer_or_against_memory() -> None:
+    assert _values(1000.0)["qwen2.5-0.5b-int4-decode"] == pytest.approx(1.25 / 1.10)
+    # 0.92 of 36 GB/s are 82.8 steps of 0.4 GB: less than 1.10 times the peer's 80 is asked for.
+    assert _values(36.0)["qwen2.5-0.5b-int4-decode"] == pytest.approx(100 / 82.8)
+
+
+def test_a_peer_that_is_missing_is_no_pass() -> None:
+    values = _values(1000.0, "qwen2.5-1.5b-int4")
+    assert set(values) == {f"qwen2.5-1.5b-int4-{what}" for what in ("decode", "head4-decode", "prefill128", "prefill512", "batch8")}
+    assert values["qwen2.5-1.5b-int4-batch8"] == pytest.approx(1.25)
+    assert str(values["qwen2.5-1.5b-int4-prefill128"]) == "nan"
+
+
+def test_a_table_names_who_was_not_measured() -> None:
+    lines = _Models(40.0).phase("qwen2.5-0.5b", "int4", "decode").lines("title")
+    assert lines[0] == "title: reads 40.0 GB/s"
+    assert any("llamacpp-q4_0" in line and "80.0 tokens/s" in line and "400 MB/token, head INT8" in line for line in lines)
+    assert any("openvino-q4_0" in line and "not installed" in line for line in lines)
