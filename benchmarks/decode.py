@@ -77,7 +77,7 @@ class Measured:
             try:
                 rate = f"{self.rate(name):9.1f} tokens/s {series.median() / facts['passes'] * 1e3:8.2f} ms/pass"
             except NotMeasuredError as error:
-                rate = str(error)
+                rate = f"{error}; the fastest pass: {facts['tokens'] / series.fastest:.1f} tokens/s"
             about = f"{facts['bytes'] / 1e6:7.0f} MB/token, head {facts['head']}" if facts["bytes"] else f"head {facts['head']}"
             found.append(f"  {name:<18} {rate}  {about}; {facts['version']}{'; ' + facts['kernels'] if 'kernels' in facts else ''}")
         return [*found, *(f"  {name:<18} {reason}" for name, reason in self.reasons.items())]
