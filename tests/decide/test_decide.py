@@ -44,14 +44,13 @@ def _speedup(cell: Cell, name: str) -> float:
 # --------------------------------------------------------------------------------------------------- rules from the physics
 
 
-@pytest.mark.parametrize(("model", "bf16_ms"), [("llama-2-7b", 90), ("qwen2.5-7b", 102)])
-def test_jetson_with_7b_at_batch_16_wants_w4_with_an_8_bit_cache(model: str, bf16_ms: int) -> None:
-    guess = _cell(model, "agx-orin-64gb", EDGE_16)
-    assert guess.choice == "W4A16 + KV-INT8" and guess.verdict in ("quantize", "abstain")
-    points = [f"bf16 decode {bf16_ms} ms", f"W8A16 decode {bf16_ms * 0.56} ms", f"W4A16 decode {bf16_ms * 0.34} ms"]
-    cell = decide_deployment([model], ["agx-orin-64gb"], workload=EDGE_16, measured=points).cells[0]
-    assert (cell.verdict, cell.choice) == ("quantize", "W4A16 + KV-INT8")
-    assert "bandwidth-bound" in cell.reason
+@pytest.mark.parametrize("model", ["llama-2-7b", "qwen2.5-7b"])
+def test_jetson_with_7b_at_batch_16_wants_w4_with_an_8_bit_cache(model: str) -> None:
+    # One Jetson is in the published measurements, so its class is known too badly to be sure: the choice is then a guess, and says so.
+    cell = _cell(model, "agx-orin-64gb", EDGE_16)
+    assert cell.choice == "W4A16 + KV-INT8" and cell.verdict in ("quantize", "abstain")
+    assert _speedup(cell, "W4A16 + KV-INT8") > 1.05 * _speedup(cell, "W4A16") > 1.5
+    assert "BF16" not in cell.between and "W4A16" not in cell.between
 
 
 def test_h100_prefill_heavy_wants_fp8_and_w4_does_not_speed_prefill() -> None:
