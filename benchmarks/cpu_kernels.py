@@ -32,6 +32,7 @@ PEERS_AT_4_BITS = (
 _SINGLE = (
     *PEERS_AT_4_BITS, "onnxruntime-2bit-b128", "llamacpp-q8_0", "torch-bf16", "torch-bf16-prepacked", "torch-w8a8", "bnb-nf4",
     "unfused-int4", "unfused-nf4", "fewbit-int4", "fewbit-int4-exact", "fewbit-int8", "fewbit-int3", "fewbit-int2", "fewbit-w8a8",
+    "fewbit-int8-exact", "fewbit-int3-exact", "fewbit-int2-exact",
 )  # fmt: skip
 _BATCH = (*PEERS_AT_4_BITS, "torch-bf16", "torch-w8a8", "fewbit-int4", "fewbit-int8", "fewbit-w8a8")
 CASES = {f"m1-{n}x{k}": (n, k, 1, _SINGLE) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008))}

@@ -24,6 +24,9 @@ _CONTENDERS = {
     "fewbit-int3": (3, "int8-activations"),
     "fewbit-int2": (2, "int8-activations"),
     "fewbit-int4-exact": (4, "exact"),
+    "fewbit-int8-exact": (8, "exact"),
+    "fewbit-int3-exact": (3, "exact"),
+    "fewbit-int2-exact": (2, "exact"),
     "fewbit-w8a8": (8, "exact"),
 }
 
