@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["interpreted", "refuse_device"]
+__all__ = ["interpreted", "preference", "refuse_device"]
 
 _MINIMUM_CAPABILITY = (8, 0)  # Ampere: BF16 tensor cores
 
@@ -20,6 +20,11 @@ _MINIMUM_CAPABILITY = (8, 0)  # Ampere: BF16 tensor cores
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def preference() -> int:
+    """Added to the priority of Triton's kernels: in the interpreter they come before the CPU's own, which is what it was switched on for."""
+    return 100 if interpreted() else 0
 
 
 @cache

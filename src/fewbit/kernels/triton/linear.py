@@ -9,7 +9,7 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import KernelRequest
-from fewbit.kernels.triton.environment import refuse_device
+from fewbit.kernels.triton.environment import preference, refuse_device
 from fewbit.kernels.triton.gpu_kernel import GpuKernel, Rows
 from fewbit.kernels.triton.layout import ROWS, layout_of, pack
 from fewbit.kernels.triton.tuning import search
@@ -26,7 +26,7 @@ class TritonWeightOnly(GpuKernel):
     name = "triton-weight-only"
     description = "packed weights unpacked in registers and multiplied on tensor cores, K cut into parts for few tokens (Triton)"
     fused = True
-    priority = 60
+    priority = 60 + preference()
     devices = ("cuda",)
 
     def refuse_format(self, request: KernelRequest) -> str | None:
@@ -91,7 +91,7 @@ class TritonUnfused(TritonWeightOnly):
     name = "triton-unfused"
     description = "dequantizes the whole weight to memory in one kernel, then torch F.linear (Triton)"
     fused = False
-    priority = 1
+    priority = 1 + preference()
 
     def sums(self, x: Rows, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> torch.Tensor:
         from fewbit.kernels.triton.weight_only import dequantize  # imports Triton

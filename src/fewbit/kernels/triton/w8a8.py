@@ -20,7 +20,7 @@ from fewbit.formats.quantize import outlier_columns
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import KernelRequest
-from fewbit.kernels.triton.environment import refuse_device
+from fewbit.kernels.triton.environment import preference, refuse_device
 from fewbit.kernels.triton.gpu_kernel import GpuKernel, Rows
 
 __all__ = ["TritonLlmInt8", "TritonW8A8"]
@@ -41,7 +41,7 @@ class TritonW8A8(GpuKernel):
         "INT8 x INT8 and FP8 x FP8 on tensor cores: torch's _int_mm and _scaled_mm, own kernels for few tokens and blocks (Triton)"
     )
     fused = True
-    priority = 55
+    priority = 55 + preference()
     devices = ("cuda",)
 
     def refuse_format(self, request: KernelRequest) -> str | None:
@@ -97,7 +97,7 @@ class TritonLlmInt8(TritonW8A8):
 
     name = "triton-llm-int8"
     description = "LLM.int8(): INT8 products, outlier columns gathered and multiplied in 16 bit; the host waits at every linear (Triton)"
-    priority = 54
+    priority = 54 + preference()
     capturable = False
 
     def refuse_format(self, request: KernelRequest) -> str | None:
