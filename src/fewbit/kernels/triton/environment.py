@@ -23,7 +23,7 @@ def interpreted() -> bool:
 
 
 def preference() -> int:
-    """Added to the priority of Triton's kernels: in the interpreter they come before the CPU's own, which is what it was switched on for."""
+    """Added to the priority of Triton's kernels: in the interpreter they come before the CPU's own: that is why it was switched on."""
     return 100 if interpreted() else 0
 
 
