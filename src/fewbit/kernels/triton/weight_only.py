@@ -69,8 +69,8 @@ def _numbers(  # type: ignore[no-untyped-def]
             y = x.to(tl.float32) - shift
             return ((y - zero[:, None]) if AFFINE else y).to(DTYPE)
         if AFFINE:
-            return x - (zero + shift).to(x.dtype)[:, None]
-        return x - tl.full(x.shape, shift, x.dtype)
+            return (x - (zero + shift).to(x.dtype)[:, None]).to(DTYPE)
+        return (x - tl.full(x.shape, shift, x.dtype)).to(DTYPE)  # every return has one type, taken or not
     half: tl.constexpr = DTYPE == tl.float16 and not WIDE
     if KIND == "e2m1":
         sign = (pair & 0x00080008) << 12
@@ -83,7 +83,7 @@ def _numbers(  # type: ignore[no-untyped-def]
     if WIDE:
         return (_as_wide(bits) * factor).to(DTYPE)
     x = _as_float(bits, tl.float16 if half else tl.bfloat16)
-    return x * tl.full(x.shape, factor, x.dtype)
+    return (x * tl.full(x.shape, factor, x.dtype)).to(DTYPE)
 
 
 @triton.jit
