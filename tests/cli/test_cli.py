@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from fewbit.cli import main
 
-COMMANDS = ["compare", "report", "evaluate", "bench", "quantize", "generate", "formats", "kernels"]
+COMMANDS = [
+    *("compare", "report", "evaluate", "bench", "quantize", "convert", "inspect", "verify", "serve"),
+    *("plan", "predict", "decide", "generate", "formats", "kernels"),
+]
 FEW_TOKENS = ["--max-tokens", "1024"]
 
 
