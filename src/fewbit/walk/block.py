@@ -235,7 +235,8 @@ class _BlockWork:
                 self._settle(name, q, report)
         else:
             self._count_experts()
-            groups = find_groups(task.linears, self._run_quantized, len(task.inputs))
+            mixture = any(True for _ in expert_lists(task.block))
+            groups = find_groups(task.linears, self._run_quantized, len(task.inputs), products=mixture)
             if self.recipe.transform is not None:
                 self._transform(groups)
             if not self._round_paused(groups):
@@ -423,7 +424,8 @@ class _BlockWork:
         task, waiting = self.task, list(group.names)
         notes: dict[str, list[str]] = {name: [] for name in group.names}
         settled: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
-        baseline = {name: self._baseline.get(name) or self._rtn_error(name, tokens) for name in group.names}
+        exact = {name: tokens @ task.linears[name].weight.detach().float().T for name in group.names} if len(tokens) else {}
+        baseline = {name: self._baseline.get(name) or self._rtn_error(name, tokens, exact.get(name)) for name in group.names}
         for what, rounding, settings in retries(self.settings):
             if not waiting:
                 break
@@ -436,7 +438,7 @@ class _BlockWork:
                 continue
             for name, one in zip(list(waiting), rounded, strict=True):
                 weight = task.linears[name].weight.detach()
-                check = check_layer(weight, one.quantized, tokens, baseline[name])
+                check = check_layer(weight, one.quantized, tokens, baseline[name], exact.get(name))
                 if check.failure:
                     notes[name].append(f"{what}: {check.failure}")
                     continue
@@ -523,12 +525,12 @@ class _BlockWork:
     def _method_name(self, rounding: str) -> str:
         return rounding if self.recipe.transform is None else f"{self.recipe.transform}+{rounding}"
 
-    def _rtn_error(self, name: str, tokens: torch.Tensor) -> float | None:
-        """The error of the plainest rounding; the measure of what a method is worth."""
+    def _rtn_error(self, name: str, tokens: torch.Tensor, exact: torch.Tensor | None = None) -> float | None:
+        """The error of the plainest rounding; the measure of what a method is worth. `exact`: the outputs, where they are known."""
         if not len(tokens):
             return None
         weight = self.task.linears[name].weight.detach()
-        return relative_error(weight, rtn(weight, self.spec), tokens)
+        return relative_error(weight, rtn(weight, self.spec), tokens, exact)
 
     def _settle(self, name: str, q: QuantizedTensor | None, report: LayerReport) -> None:
         """Put the rounded weight in its place; one that stays in high precision is stored as the source had it, or as it was scaled."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +39,15 @@ class Group:
     columns: int
 
 
-def find_groups(linears: Mapping[str, nn.Linear], run: Callable[[int], object], windows: int) -> list[Group]:
+def find_groups(linears: Mapping[str, nn.Linear], run: Callable[[int], object], windows: int, *, products: bool = True) -> list[Group]:
     """Group linears by their input.
 
     Args:
         linears: the block's, by dotted name.
         run: runs the block on window i.
         windows: how many there are. More than the first are run only while a linear has not been called (a mixture's experts).
+        products: whether the linears compute. Who reads which tensor does not depend on the values, so that zeros serve as well and take no
+            time, but for a mixture, whose router has to choose.
 
     Returns:
         Groups in the order of execution; linears that no window reaches come last, those of one expert with equal widths together.
@@ -59,7 +61,7 @@ def find_groups(linears: Mapping[str, nn.Linear], run: Callable[[int], object], 
             if x.numel():  # experts that no token of the window reached may be called with none
                 seen.append((name, x))
 
-        with capture({name: linears[name] for name in linears}, note):
+        with capture(linears, note, stop=True), nullcontext() if products else _zeros_for(linears.values()):
             run(window)
         for names in _by_tensor(seen):
             if missing & set(names):
@@ -69,6 +71,23 @@ def find_groups(linears: Mapping[str, nn.Linear], run: Callable[[int], object], 
             break
     groups = [Group(names, linears[names[0]].in_features) for names in order]
     return groups + _never_called(linears, [name for name in linears if name in missing], groups)
+
+
+@contextmanager
+def _zeros_for(linears: Iterable[nn.Linear]) -> Iterator[None]:
+    """The linears give zeros of the right shape."""
+
+    def zeros_of(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: x.new_zeros(*x.shape[:-1], linear.out_features)
+
+    changed = list(linears)
+    for linear in changed:
+        linear.forward = zeros_of(linear)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for linear in changed:
+            del linear.forward  # the class's own comes back
 
 
 def _by_tensor(seen: Sequence[tuple[str, torch.Tensor]]) -> list[list[str]]:

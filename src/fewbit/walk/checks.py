@@ -69,7 +69,13 @@ def limits(num_bits: int) -> Limits:
     return _LIMITS[f"bits-{max(bits for bits in known if bits <= num_bits)}"]
 
 
-def check_layer(weight: torch.Tensor, q: QuantizedTensor, tokens: torch.Tensor | None, rtn_error: float | None = None) -> LayerCheck:
+def check_layer(
+    weight: torch.Tensor,
+    q: QuantizedTensor,
+    tokens: torch.Tensor | None,
+    rtn_error: float | None = None,
+    exact: torch.Tensor | None = None,
+) -> LayerCheck:
     """Check one rounded weight.
 
     Args:
@@ -77,6 +83,7 @@ def check_layer(weight: torch.Tensor, q: QuantizedTensor, tokens: torch.Tensor |
         q: the result.
         tokens: [n, K], held-back inputs, float32; None or empty when there are none.
         rtn_error: the relative error of rounding to nearest on the same tokens.
+        exact: [n, out], tokens @ weight.T, where it is known.
     """
     bounds = limits(q.spec.num_bits)
     saturated = saturated_share(q)
@@ -88,7 +95,7 @@ def check_layer(weight: torch.Tensor, q: QuantizedTensor, tokens: torch.Tensor |
     if tokens is None or not len(tokens):
         return LayerCheck("", None, saturated)
     approximation = dequantize(q)
-    exact = tokens @ weight.float().T
+    exact = tokens @ weight.float().T if exact is None else exact
     difference = tokens @ approximation.sub_(weight.float()).T
     error = _ratio(difference, exact)
     failure = _failure(exact, difference, error, bounds, rtn_error)
@@ -117,13 +124,13 @@ def _failure(exact: torch.Tensor, difference: torch.Tensor, error: float, bounds
     return ""
 
 
-def relative_error(weight: torch.Tensor, q: QuantizedTensor, tokens: torch.Tensor) -> float:
+def relative_error(weight: torch.Tensor, q: QuantizedTensor, tokens: torch.Tensor, exact: torch.Tensor | None = None) -> float:
     """Norm of the outputs' error over the norm of the outputs.
 
     Args:
-        weight: [out, K]. q: its approximation. tokens: [n, K], float32.
+        weight: [out, K]. q: its approximation. tokens: [n, K], float32. exact: [n, out], tokens @ weight.T, where it is known.
     """
-    exact = tokens @ weight.float().T
+    exact = tokens @ weight.float().T if exact is None else exact
     return _ratio(tokens @ dequantize(q).sub_(weight.float()).T, exact)
 
 
