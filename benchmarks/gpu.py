@@ -208,7 +208,11 @@ def main() -> int:
     parser.add_argument("--only", choices=_SECTIONS, action="append", help="these sections")
     parser.add_argument("--tune", action="store_true", help="search block sizes and print rows for tuning.toml; no section runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go (default: benchmarks/results/gpu-DATE.json)")
+    parser.add_argument("--list", action="store_true", help="name the bars on a GPU, measure nothing")
     options = parser.parse_args()
+    if options.list:
+        nothing = {"correctness": [], "failures": {}, "facts": {"interpreted": False}}
+        return run_bars(bars(nothing, _SECTIONS), list_only=True)
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if not torch.cuda.is_available() and not (options.tiny and interpreted):
         print(

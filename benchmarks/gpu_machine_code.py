@@ -130,9 +130,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90, help="without the dot: 80, 89, 90, 120")
     parser.add_argument("--only", default="", help="kernels whose names begin so")
+    parser.add_argument("--list", action="store_true", help="name the bars, compile nothing")
     options = parser.parse_args()
     spills, per_weight, largest = 0, {}, 0
-    for name, case in cases(options.capability >= 89).items():
+    for name, case in ({} if options.list else cases(options.capability >= 89)).items():
         if not name.startswith(options.only):
             continue
         lines, shared = machine_code(case, options.capability)
@@ -148,9 +149,9 @@ def main() -> int:
         Bar("spills", lambda: spills, "==", 0, "loads and stores of spilled registers"),
         Bar("shared-memory", lambda: largest, "<=", 99 << 10),
     ]
-    if "int4-g128" in per_weight and options.capability == 90:
+    if (options.list or "int4-g128" in per_weight) and options.capability == 90:
         bars.append(Bar("int4-instructions-per-weight", lambda: per_weight["int4-g128"], "<=", 4.0, "what an H100 issues per weight"))
-    return run_bars(bars)
+    return run_bars(bars, list_only=options.list)
 
 
 if __name__ == "__main__":

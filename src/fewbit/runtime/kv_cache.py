@@ -27,6 +27,7 @@ the older ones: simple, and exact.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ class _History:
 
     def __init__(self, spec: QuantSpec, like: torch.Tensor) -> None:
         """Args: like: [batch, heads, any, head_dim] gives shapes, dtype and device."""
-        self.spec = spec
+        # One calibrated scale for all is what servers need; here every token gets its own as it arrives, which is finer.
+        self.spec = spec = replace(spec, strategy="token") if spec.strategy == "tensor" else spec
         self.unit = spec.group_size if spec.strategy == "channel" and spec.group_size is not None else 1
         self.head_dim = like.shape[3]
         self.dtype = like.dtype
