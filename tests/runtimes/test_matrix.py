@@ -24,8 +24,10 @@ import pytest
 
 from fewbit.checkpoints.runtimes import Kind, Made, Runtime, get_runtime, kind_of, kinds, runtimes
 from fewbit.checkpoints.sources import open_source
+from fewbit.models.reference import reference_model_dir
 from fewbit.results import RuntimeCheck
 from fewbit.walk.settings import CalibrationChoice, GateChoice, walk_settings
+from fewbit.workflows.convert import convert_checkpoint
 from fewbit.workflows.foreign.environments import interpreter
 from fewbit.workflows.quantize import quantize_model
 from fewbit.workflows.verify import token_windows
@@ -58,7 +60,10 @@ class Matrix:
         """The checkpoint of one row."""
         if made not in self._subjects:
             path = self._folder / str(made)
-            if not path.exists():
+            if not path.exists() and made.scheme is None:
+                convert_checkpoint(reference_model_dir(), layout=made.format, out=path)
+            elif not path.exists():
+                assert made.scheme is not None
                 calibration = CalibrationChoice(samples=8, sequence_length=128)
                 settings = walk_settings(method=made.method, gate=GateChoice(enabled=False), calibration=calibration)
                 quantize_model(None, scheme=made.scheme, group_size=made.group_size, layout=made.format, out=path, settings=settings)

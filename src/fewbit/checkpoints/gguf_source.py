@@ -104,12 +104,17 @@ class GgufSource:
         return frozenset(key.removesuffix(".weight") for key in self._linears if self.file.tensors[self._disk[key]].type in READ)
 
     @cached_property
+    def decoded(self) -> frozenset[str]:
+        """Names of the tensors in a quantized type that come in float32: those that fewbit has no format for, and embeddings."""
+        quantized = {f"{prefix}.weight" for prefix in self.quantized_linears}
+        return frozenset(
+            name for name in self._names if name not in quantized and self.file.tensors[self.disk_name(name)].type not in DENSE.values()
+        )
+
+    @cached_property
     def notes(self) -> tuple[str, ...]:
         """Which types are decoded while they are loaded."""
-        kinds = {
-            self.file.tensors[disk].type for key, disk in self._disk.items() if key.removesuffix(".weight") not in self.quantized_linears
-        }
-        decoded = sorted(stored.name for stored in kinds if stored not in DENSE.values())
+        decoded = sorted({self.file.tensors[self.disk_name(name)].type.name for name in self.decoded})
         return (f"{', '.join(decoded)} are decoded while loading: they take the memory of high precision here",) if decoded else ()
 
     @property
@@ -145,7 +150,7 @@ class GgufSource:
         disk = self._disk.get(name, name)
         raw = self.file.get(disk)
         value = decode(raw, self.file.tensors[disk], disk)
-        order = self._order(name, value.shape[0])
+        order = self.order(name)
         return value if order is None else value[order.argsort()]
 
     def get_quantized(self, prefix: str) -> QuantizedTensor | None:
@@ -154,7 +159,7 @@ class GgufSource:
             return None
         disk = self._disk[f"{prefix}.weight"]
         q = unpack(self.file.get(disk), self.file.tensors[disk], disk)
-        order = self._order(f"{prefix}.weight", q.shape[0])
+        order = self.order(f"{prefix}.weight")
         if order is None:
             return q
         back = order.argsort()
@@ -197,5 +202,6 @@ class GgufSource:
         """The path or the hub id."""
         return self._name
 
-    def _order(self, name: str, rows: int) -> torch.Tensor | None:
-        return rows_of_heads(self._architecture, name, rows, self.config)
+    def order(self, name: str) -> torch.Tensor | None:
+        """The rows of a tensor in the order of the file, int64 [rows]; None when that is the model's."""
+        return rows_of_heads(self._architecture, name, self.shape(name)[0], self.config)

@@ -10,10 +10,11 @@ A linear `P` of [out, in]:
                                                                                                 row in the low half
     NVFP4                       P.weight U8 [out, in/2], P.weight_scale F8_E4M3 [out, in/16],   E2M1(code) * s * s2, low half first
                                 P.weight_scale_2 F32 [], P.input_scale F32 []
+    W4A16_NVFP4                 the same without P.input_scale                                  the same, inputs in 16 bits
     KV cache in FP8             self_attn.k_proj.k_scale, self_attn.v_proj.v_scale F32 []
 
-NVFP4's global scale multiplies here as in `QuantizedTensor` (compressed-tensors divides by it). Its inputs, FP4 under a calibrated scale,
-stay in high precision in fewbit, and `notes` says so; NVFP4 is read only, since its runtimes want that input scale.
+NVFP4's global scale multiplies here as in `QuantizedTensor` (compressed-tensors divides by it). The inputs of `NVFP4` are FP4 under a
+calibrated scale; in fewbit they stay in high precision, and `notes` says so. What fewbit writes is the weight-only `W4A16_NVFP4`.
 
 `P.pre_quant_scale` multiplies a linear's inputs where AWQ or SmoothQuant could not fold its factors into the layer in front. A weight alone
 does not say what such a linear computes, so these are refused by name.
@@ -46,6 +47,7 @@ _ALGORITHMS: dict[str, tuple[QuantSpec, QuantSpec | None]] = {
     "FP8": (_FP8_TENSOR, _FP8_STATIC),
     "FP8_PER_CHANNEL_PER_TOKEN": (_FP8_CHANNEL, _FP8_TOKENS),
     "FP8_PB_WO": (_FP8_BLOCK, None),
+    "W4A16_NVFP4": (_NVFP4, None),
     "NVFP4": (_NVFP4, None),
 }
 _INT4, _PRODUCER = "W4A16_AWQ", {"name": "fewbit"}
@@ -61,7 +63,7 @@ def _algorithm(scheme: Scheme) -> str | None:
     if spec.type == "int":
         grouped = (spec.num_bits, spec.strategy, spec.symmetric) == (4, "group", True)
         return _INT4 if grouped and inputs is None else None
-    return next((name for name, pair in _ALGORITHMS.items() if pair == (spec, inputs) and name != "NVFP4"), None)
+    return next((name for name, pair in _ALGORITHMS.items() if pair == (spec, inputs)), None)
 
 
 class ModelOptLayout(Layout):
@@ -77,15 +79,17 @@ class ModelOptLayout(Layout):
         if _algorithm(scheme) is None:
             return (
                 "ModelOpt's layout has FP8 per tensor with static inputs, FP8 per channel with inputs per token, FP8 in blocks of 128 with "
-                f"16-bit inputs and INT4 in symmetric groups: no {scheme.name} ({scheme.weights})"
+                f"16-bit inputs, NVFP4 and INT4 in symmetric groups: no {scheme.name} ({scheme.weights})"
             )
         return None
 
     def stored(self, scheme: Scheme) -> Scheme:
         assert scheme.weights is not None
-        return replace(scheme, weights=replace(scheme.weights, scale_dtype="float32"))
+        return scheme if scheme.weights == _NVFP4 else replace(scheme, weights=replace(scheme.weights, scale_dtype="float32"))
 
     def nearest(self, spec: QuantSpec) -> QuantSpec | None:
+        if spec == _NVFP4:
+            return spec
         if spec.scale_dtype not in ("float32", "bfloat16", "float16") or spec.type not in ("int", "float"):
             return None
         written = replace(spec, scale_dtype="float32")
@@ -108,6 +112,13 @@ class ModelOptLayout(Layout):
         if spec.type == "int":
             codes = q.values.view(torch.uint8) & 0xF
             return {f"{prefix}.weight": codes[0::2] | (codes[1::2] << 4), f"{prefix}.weight_scale": q.scale}
+        if spec == _NVFP4:
+            assert q.global_scale is not None
+            return {
+                f"{prefix}.weight": q.values[:, 0::2] | (q.values[:, 1::2] << 4),
+                f"{prefix}.weight_scale": q.scale,
+                f"{prefix}.weight_scale_2": q.global_scale.float().reshape(()),
+            }
         shape: dict[str, tuple[int, ...]] = {"tensor": (), "channel": (q.scale.shape[0],)}
         scale = q.scale.reshape(shape.get(spec.strategy, (q.scale.shape[0], 1, q.scale.shape[1], 1)))
         tensors = {f"{prefix}.weight": q.values, f"{prefix}.weight_scale": scale}
@@ -124,6 +135,8 @@ class ModelOptLayout(Layout):
             "producer": _PRODUCER,
             "quant_method": "modelopt",
         }
+        if scheme.weights == _NVFP4:
+            fields["group_size"] = 16
         if fields["quant_algo"] == "FP8":
             eight = {"dynamic": False, "num_bits": 8, "type": "float"}
             fields["config_groups"] = {"group_0": {"input_activations": eight, "weights": eight, "targets": ["Linear"]}}
@@ -134,6 +147,8 @@ class ModelOptLayout(Layout):
         fields: dict[str, Any] = {"quant_algo": self.format_name(scheme), "kv_cache_quant_algo": None}
         if scheme.weights.type == "int":
             fields |= {"group_size": scheme.weights.group_size, "has_zero_point": False, "pre_quant_scale": False}
+        if scheme.weights == _NVFP4:
+            fields["group_size"] = 16
         return {"hf_quant_config.json": {"producer": _PRODUCER, "quantization": {**fields, "exclude_modules": list(ignore)}}}
 
 

@@ -43,20 +43,21 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Made:
-    """A checkpoint that proves a row, in the words of `fewbit quantize`.
+    """A checkpoint that proves a row, in the words of `fewbit quantize`; without a scheme in those of `fewbit convert`.
 
     Attributes:
-        format, scheme, group_size, method: its options.
+        format, scheme, group_size, method: their options.
     """
 
     format: str
-    scheme: str
+    scheme: str | None = None
     group_size: int | None = None
     method: str = "rtn"
 
     def __str__(self) -> str:
+        scheme = "" if self.scheme is None else f"-{self.scheme.lower()}"
         group = "" if self.group_size is None else f"-g{self.group_size}"
-        return f"{self.format}-{self.scheme.lower()}{group}"
+        return f"{self.format}{scheme}{group}"
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,15 @@ def _torchao(fields: Mapping[str, Any]) -> str:
 
 def _modelopt(fields: Mapping[str, Any]) -> str:
     algorithm = str(fields["quant_algo"]).lower()
-    return {"fp8": "modelopt-fp8", "fp8_per_channel_per_token": "modelopt-fp8-pc"}[algorithm]
+    known = {
+        "fp8": "fp8",
+        "fp8_per_channel_per_token": "fp8-pc",
+        "fp8_pb_wo": "fp8-block",
+        "nvfp4": "nvfp4",
+        "w4a16_nvfp4": "nvfp4",
+        "w4a16_awq": "int4",
+    }
+    return f"modelopt-{known[algorithm]}"
 
 
 _KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fewbit.checkpoints.assemble import Feed, write_shards
+from fewbit.checkpoints.dense import DenseLayout
 from fewbit.checkpoints.directory import output_directory, output_file
 from fewbit.checkpoints.express import express
 from fewbit.checkpoints.gguf import write_gguf
@@ -34,7 +35,7 @@ from fewbit.checkpoints.shards import MAX_SHARD_BYTES
 from fewbit.checkpoints.sources import DirectorySource, TensorSource, open_source
 from fewbit.errors import CheckpointError, FewbitError, OutputError, UsageError
 from fewbit.formats.quantize import dequantize
-from fewbit.formats.spec import QuantSpec, Scheme
+from fewbit.formats.spec import QuantSpec, Scheme, get_scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.results import ConvertResult
 from fewbit.workflows.gguf_files import gguf_target, identity_of, plain_config
@@ -75,10 +76,9 @@ def convert_checkpoint(
         return write_by_llama_cpp(model, layout=layout, out=out, overwrite=overwrite)
     started = time.monotonic()
     target, source = get_layout(layout), open_source(model)
-    if source.scheme is None or source.scheme.weights is None:
-        raise UsageError(f"'{source.describe()}' is not quantized", "quantize it: fewbit quantize --format")
-    scheme, losses = _target_scheme(source, target)
-    work = _Conversion(source, target, scheme)
+    decoded = source.decoded if isinstance(source, GgufSource) else frozenset()
+    scheme, losses = _target_scheme(source, target, decoded)
+    work = _Conversion(source, target, scheme, decoded)
     tell = None if progress is None else lambda done, total: progress(done, total, "converting")
     if target.single_file:
         out = gguf_target(Path(out), target.format_name(scheme))
@@ -93,7 +93,7 @@ def convert_checkpoint(
         model=source.describe(),
         out=str(out),
         source_layout=source.layout,
-        source_scheme=source.scheme.name,
+        source_scheme=source.scheme.name if source.scheme is not None else "BF16",
         layout=target.name,
         layout_format=target.format_name(scheme),
         scheme=scheme.name,
@@ -110,10 +110,17 @@ def convert_checkpoint(
     )
 
 
-def _target_scheme(source: TensorSource, target: Layout) -> tuple[Scheme, list[str]]:
+def _target_scheme(source: TensorSource, target: Layout, decoded: frozenset[str]) -> tuple[Scheme, list[str]]:
     """The scheme that the target holds, and what of the source's it has no word for."""
     scheme = source.scheme
-    assert scheme is not None and scheme.weights is not None
+    if decoded and target.name.startswith("dense"):
+        return scheme or get_scheme("BF16"), []
+    if scheme is None or scheme.weights is None:
+        if decoded:
+            raise UsageError(
+                f"'{source.describe()}' is in types that no other layout has: {source.notes[0]}", "choose dense or dense-float32"
+            )
+        raise UsageError(f"'{source.describe()}' is not quantized", "quantize it: fewbit quantize --format")
     spec = target.nearest(scheme.weights)
     if spec is None:
         holders = [name for name in LAYOUTS if get_layout(name).nearest(scheme.weights) is not None]
@@ -166,11 +173,12 @@ class _Conversion:
     """One checkpoint on its way.
 
     Args:
-        source: quantized. target: the layout. scheme: as the target stores it.
+        source: quantized. target: the layout. scheme: as the target stores it. decoded: tensors that come in float32
+            for want of a format.
     """
 
-    def __init__(self, source: TensorSource, target: Layout, scheme: Scheme) -> None:
-        self._source, self._target, self._scheme, self.tally = source, target, scheme, _Tally()
+    def __init__(self, source: TensorSource, target: Layout, scheme: Scheme, decoded: frozenset[str] = frozenset()) -> None:
+        self._source, self._target, self._scheme, self._decoded, self.tally = source, target, scheme, decoded, _Tally()
         self.losses: list[str] = []
 
     def write(self, directory: Path, max_shard_bytes: int, tell: Callable[[int, int], None] | None) -> int:
@@ -198,10 +206,15 @@ class _Conversion:
             names=[*source.names(), *scales],
             quantized=source.quantized_linears,
             shape=lambda name: tuple(scales[name].shape) if name in scales else source.shape(name),
-            dense=lambda name: scales[name] if name in scales else source.get(name),
+            dense=lambda name: scales[name] if name in scales else self._dense(name),
             entry=lambda name: None if name in scales else entry(name),
             linear=self.linear,
         )
+
+    def _dense(self, name: str) -> torch.Tensor:
+        """A tensor that is no quantized linear; those that come decoded in the target's dtype, like the linears."""
+        value = self._source.get(name)
+        return value.to(self._target.dtype) if name in self._decoded and isinstance(self._target, DenseLayout) else value
 
     def _cache_scales(self) -> dict[str, torch.Tensor]:
         """The static scales of the KV cache where the target keeps its format, under the names that compressed-tensors has: [1] each."""
@@ -286,6 +299,9 @@ class _Conversion:
                 raise OutputError(f"'{prefix}' does not read back as it was written", _BUG)
         for name in self._source.names():
             if name.removesuffix(".weight") not in self._source.quantized_linears:
+                if name in self._decoded:
+                    self._compare(self._source.get(name), written.get(name).float())
+                    continue
                 dtype, shape, digest = _fingerprint(written.get(name))  # one after the other: an embedding alone may be 2 GB
                 if _fingerprint(self._source.get(name).to(dtype)) != (dtype, shape, digest):
                     raise OutputError(f"'{name}' does not read back as it was written", _BUG)
