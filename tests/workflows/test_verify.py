@@ -18,6 +18,7 @@ from fewbit.errors import UnsupportedModelError, UsageError
 from fewbit.formats.digest import digest
 from fewbit.walk.settings import GateChoice, WalkSettings, walk_settings
 from fewbit.workflows.foreign.environments import interpreter
+from fewbit.workflows.llama_quantize import LLAMA_TYPES, PREFIX
 from fewbit.workflows.quantize import quantize_model
 from fewbit.workflows.quantize_plan import check_method, resolve_scheme
 from fewbit.workflows.verify import verify_checkpoint
@@ -99,6 +100,8 @@ def test_an_unknown_runtime_is_refused(w4: Path) -> None:
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bnb-nf4"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bnb-int8"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt-fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}, "modelopt-fp8-block"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt-nvfp4"),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao-int8wo"),
     ],
 )
@@ -148,6 +151,9 @@ def test_each_row_of_the_matrix_can_be_made(tmp_path: Path) -> None:
     assert len(set(names)) == len(names) > 30
     for kind in kinds().values():
         for made in kind.made:
+            if made.scheme is None:
+                assert made.format in ("gguf-dense", *(PREFIX + name for name in LLAMA_TYPES))
+                continue
             layout = get_layout(made.format)
             scheme = resolve_scheme(made.scheme, made.group_size, layout)
             check_method(walk_settings(method=made.method), scheme)
