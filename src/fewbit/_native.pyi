@@ -1,5 +1,7 @@
 """Native code of fewbit (src/native/). Missing when the package was installed without a C++ compiler."""
 
+from typing import Any
+
 import torch
 
 def instruction_set() -> str:
@@ -114,8 +116,8 @@ class rows:
     @staticmethod
     def sum_of_squares(instruction_set: str, x: torch.Tensor) -> float: ...
 
-def use_huge_pages(array: torch.Tensor) -> None:
-    """Back a contiguous tensor with huge pages, as far as the system does it. For weights: once, when they are packed."""
+def weight_memory(bytes: int) -> Any:
+    """uint8 [bytes] of zeros that understands DLPack (`torch.from_dlpack`), in huge pages where the system has them. For packed weights."""
 
 def int_instruction_sets() -> list[str]:
     """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `avx512vl-vnni`, `avx-vnni`, `avx2`, `portable`."""

@@ -9,9 +9,8 @@
 namespace fewbit {
 namespace {
 
-constexpr std::size_t kRows = 2048;              // tokens that are prepared at once
-constexpr std::size_t kPieceBytes = 256 << 10;   // of results in float32: they stay in the cache until they are rounded
-constexpr std::size_t kPiecesPerThread = 8;
+constexpr std::size_t kRows = 2048;             // tokens that are prepared at once
+constexpr std::size_t kResultBytes = 256 << 10; // of a thread in float32: they stay in the cache until they are rounded
 
 std::uint16_t to_bfloat16(float x) {
     std::uint32_t bits;
@@ -43,12 +42,6 @@ void store(const float *from, std::size_t rows, std::size_t begin, std::size_t e
     }
 }
 
-std::size_t piece_features(const Linear &linear, std::size_t rows, std::size_t threads) {
-    const std::size_t tile = linear.tile();
-    const std::size_t even = linear.out_features / (threads * kPiecesPerThread), cached = kPieceBytes / (rows * sizeof(float));
-    return std::max(tile, std::min(even, cached) / tile * tile);
-}
-
 } // namespace
 
 void apply(const Linear &linear, const Rows &x, void *y, Type y_type, std::size_t y_stride, const float *bias) {
@@ -63,16 +56,16 @@ void apply(const Linear &linear, const Rows &x, void *y, Type y_type, std::size_
         Rows part = x;
         part.rows = std::min(kRows, x.rows - first);
         part.data = static_cast<const char *>(x.data) + first * x.stride * (x.type == Type::float32 ? 4 : 2);
-        const std::size_t features = piece_features(linear, part.rows, threads.threads());
+        const std::size_t cached = kResultBytes / (part.rows * sizeof(float)) / linear.tile() * linear.tile();
+        const std::size_t most = std::min(linear.out_features, std::max(linear.tile(), cached));
         prepared.reshape(linear.input_format(part.rows), part.rows, x.columns, threads.threads());
-        results.reserve(threads.threads() * part.rows * features * sizeof(float));
-        Pieces pieces((linear.out_features + features - 1) / features);
+        results.reserve(threads.threads() * part.rows * most * sizeof(float));
+        Ranges ranges(linear.out_features, linear.tile(), threads.threads(), most);
         threads.run([&](std::size_t thread) {
             prepared.fill(part, Norm{}, thread, threads.threads());
             threads.barrier(thread);
-            float *own = static_cast<float *>(results.data()) + thread * part.rows * features;
-            for (std::size_t piece = pieces.take(); piece < pieces.count(); piece = pieces.take()) {
-                const std::size_t begin = piece * features, end = std::min(begin + features, linear.out_features);
+            float *own = static_cast<float *>(results.data()) + thread * part.rows * most;
+            for (std::size_t begin = 0, end = 0; ranges.take(begin, end);) {
                 linear.multiply(prepared.input(), own - begin, end - begin, begin, end);
                 store(own, part.rows, begin, end, output, first);
             }

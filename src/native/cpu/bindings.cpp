@@ -3,11 +3,11 @@
 #include "apply.hpp"
 #include "dense.hpp"
 #include "digit_linear.hpp"
-#include "huge_pages.hpp"
 #include "int_linear.hpp"
 #include "sequence.hpp"
 #include "table_linear.hpp"
 #include "thread_pool.hpp"
+#include "weight_memory.hpp"
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -105,6 +105,15 @@ std::unique_ptr<Linear> dense_linear(const nb::ndarray<nb::ndim<2>, nb::device::
     return make_dense_linear(dense, weight.shape(0), instruction_set);
 }
 
+// A tensor, by way of DLPack, that owns its part of the memory for weights.
+nb::ndarray<std::uint8_t, nb::ndim<1>, nb::device::cpu> weight_bytes(std::size_t bytes) {
+    auto owner = std::make_unique<std::shared_ptr<void>>(weight_memory(bytes));
+    void *data = owner->get();
+    nb::capsule capsule(owner.get(), [](void *held) noexcept { delete static_cast<std::shared_ptr<void> *>(held); });
+    owner.release();
+    return {data, {bytes}, capsule};
+}
+
 template <typename Value> Value named(const std::string &name, std::initializer_list<std::pair<const char *, Value>> values, const char *message) {
     for (const auto &[known, value] : values) {
         if (name == known) return value;
@@ -181,9 +190,7 @@ void bind_cpu(nb::module_ &m) {
     m.def("table_linear", &table_linear, "tiles"_a, "out_features"_a, "in_features"_a, "format"_a, "bfloat16_scales"_a, "group"_a,
           "table"_a.none() = nb::none(), "instruction_set"_a = "", nb::keep_alive<0, 1>());
     m.def("dense_linear", &dense_linear, "weight"_a, "instruction_set"_a = "", nb::keep_alive<0, 1>());
-    m.def(
-        "use_huge_pages", [](const nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro> &array) { use_huge_pages(array.data(), array.nbytes()); },
-        "array"_a);
+    m.def("weight_memory", &weight_bytes, "bytes"_a);
     bind_rows(m);
 }
 

@@ -10,6 +10,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
@@ -77,17 +78,27 @@ std::size_t threads();
 // Replaces the pool. 1 to 1024; throws std::invalid_argument otherwise.
 void set_threads(std::size_t threads);
 
-// Work in pieces that threads take as they come, so that a thread that the system disturbs holds up nobody: each piece of [0, count) once.
-class Pieces {
+// Work in ranges that threads take as they come, long ones first: memory is read in long streams, and at the end threads finish at nearly the
+// same time. Each index of [0, count) once; ranges begin at multiples of `unit` and are not longer than `most` (but as long as `unit`).
+class Ranges {
   public:
-    explicit Pieces(std::size_t count) : count_(count) {}
+    Ranges(std::size_t count, std::size_t unit, std::size_t threads, std::size_t most = SIZE_MAX)
+        : count_(count), unit_(unit), most_(most < unit ? unit : most / unit * unit), parts_(2 * threads) {}
 
-    // The next piece, or `count` and more when none is left.
-    std::size_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
-    std::size_t count() const { return count_; }
+    // False when nothing is left.
+    bool take(std::size_t &begin, std::size_t &end) {
+        begin = next_.load(std::memory_order_relaxed);
+        do {
+            if (begin >= count_) return false;
+            const std::size_t share = ((count_ - begin) / parts_ + unit_ - 1) / unit_ * unit_;
+            end = begin + std::min(most_, std::max(share, unit_));
+            if (end > count_) end = count_;
+        } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+        return true;
+    }
 
   private:
-    std::size_t count_;
+    const std::size_t count_, unit_, most_, parts_;
     std::atomic<std::size_t> next_{0};
 };
 

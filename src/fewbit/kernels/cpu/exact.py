@@ -25,7 +25,7 @@ from fewbit.formats.scales import scale_as_float
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
-from fewbit.kernels.cpu.extension import missing_native, native, run_linear
+from fewbit.kernels.cpu.extension import in_weight_memory, missing_native, native, run_linear
 from fewbit.kernels.cpu.tiles64 import TILE, Columns, pack_tiles
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class CpuExact(Kernel):
             if weight.zero_point is not None:
                 zeros = (weight.zero_point.to(torch.int16) + offset).to(torch.uint8).expand(weight.shape[0], -1)
         scale = _stored_scale(weight).expand(weight.shape[0], -1)
-        packed = {"tiles": pack_tiles(codes, self._num_bits, columns, scale, zeros)}
+        packed = in_weight_memory({"tiles": pack_tiles(codes, self._num_bits, columns, scale, zeros)})
         if weight.global_scale is not None and scale.dtype != torch.float32:
             packed["factor"] = weight.global_scale.float().reshape(1).clone()
         return packed

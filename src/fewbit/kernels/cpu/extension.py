@@ -8,6 +8,7 @@ all of fewbit. Its threads sleep when they have nothing to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ else:
     except ImportError:
         native = None
 
-__all__ = ["missing_native", "native", "run_linear", "use_torch_threads"]
+__all__ = ["in_weight_memory", "missing_native", "native", "run_linear", "use_torch_threads"]
 
 
 def missing_native() -> str | None:
@@ -36,6 +37,22 @@ def use_torch_threads() -> int:
     if native.threads() != count:
         native.set_threads(count)
     return count
+
+
+def in_weight_memory(packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of packed tensors in the native code's memory for weights: huge pages, one weight behind the other (weight_memory.hpp).
+
+    Args:
+        packed: CPU tensors; empty ones stay what they are.
+    """
+    copies = {}
+    for name, tensor in packed.items():
+        if tensor.numel() == 0:
+            copies[name] = tensor
+            continue
+        memory = torch.from_dlpack(native.weight_memory(tensor.nbytes))
+        copies[name] = memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return copies
 
 
 def run_linear(linear: native.Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

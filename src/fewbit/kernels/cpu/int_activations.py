@@ -24,7 +24,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.scales import scale_as_float
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
-from fewbit.kernels.cpu.extension import missing_native, native, run_linear
+from fewbit.kernels.cpu.extension import in_weight_memory, missing_native, native, run_linear
 from fewbit.kernels.cpu.tiles import tile_codes, tile_rows
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ class CpuIntActivations(Kernel):
         group = _input_group(request)
         columns = -(-request.in_features // group) * group
         packed = {"codes": tile_codes(weight.values, self._num_bits, columns)}
-        native.use_huge_pages(packed["codes"])
         per_channel = weight.scale.shape[1] == 1
         repeats = 1 if per_channel else columns // group // weight.scale.shape[1]
         scale = scale_as_float(weight.scale, weight.spec, weight.global_scale).repeat_interleave(repeats, dim=1)
@@ -97,7 +96,7 @@ class CpuIntActivations(Kernel):
             packed["scales"] = tile_rows(scale)
         if weight.zero_point is not None:
             packed["zeros"] = tile_rows(weight.zero_point.repeat_interleave(repeats, dim=1))
-        return packed
+        return in_weight_memory(packed)
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
         return run_linear(self.native(packed, request), x, bias)

@@ -24,7 +24,7 @@ from fewbit.formats.scales import scale_as_float
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
-from fewbit.kernels.cpu.extension import missing_native, native, run_linear
+from fewbit.kernels.cpu.extension import in_weight_memory, missing_native, native, run_linear
 from fewbit.kernels.cpu.tiles64 import TILE, Columns, pack_bytes, pack_tiles
 
 if TYPE_CHECKING:
@@ -89,14 +89,12 @@ class CpuTables(Kernel):
         if self._format == "table16":
             entries = torch.tensor(NF4_VALUES) if weight.codebook is None else weight.codebook.detach().float().cpu()
             table = torch.nn.functional.pad(entries, (0, 16 - entries.numel()))
-            return {
-                "tiles": pack_tiles(weight.values.to(torch.uint8), 4, Columns(_LINE, group // _LINE, groups), scale, None),
-                "table": table,
-            }
+            columns = Columns(_LINE, group // _LINE, groups)
+            return {**in_weight_memory({"tiles": pack_tiles(weight.values.to(torch.uint8), 4, columns, scale, None)}), "table": table}
         codes = weight.values.view(torch.uint8)
         if self._format == "e4m3":
             scale = _spoil(scale, (codes & 0x7F) == _E4M3_NAN, group)
-        return {"tiles": pack_bytes(codes, Columns(group, 1, groups), scale)}
+        return in_weight_memory({"tiles": pack_bytes(codes, Columns(group, 1, groups), scale)})
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
         return run_linear(self.native(packed, request), x, bias)

@@ -20,7 +20,7 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
-from fewbit.kernels.cpu.extension import missing_native, native, run_linear
+from fewbit.kernels.cpu.extension import in_weight_memory, missing_native, native, run_linear
 from fewbit.kernels.cpu.tiles import tile_codes, tile_rows
 
 if TYPE_CHECKING:
@@ -75,13 +75,8 @@ class CpuW8A8(Kernel):
         """`codes` uint8 [tiles, lines, 64]; `scales` float32 [tiles, 16]; static: `input_scale` float32 [1]."""
         if not isinstance(weight, QuantizedTensor):
             raise FormatError(f"{self.name} packs quantized weights", "quantize the tensor first (methods.rtn)")
-        codes = tile_codes(weight.values, 8, _group(request))
-        native.use_huge_pages(codes)
-        return {
-            "codes": codes,
-            "scales": tile_rows(weight.scale.float()).view(-1, 16),
-            **self.static_input_scale(weight, request),
-        }
+        packed = {"codes": tile_codes(weight.values, 8, _group(request)), "scales": tile_rows(weight.scale.float()).view(-1, 16)}
+        return {**in_weight_memory(packed), **self.static_input_scale(weight, request)}
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
         return run_linear(self.native(packed, request), x, bias)
