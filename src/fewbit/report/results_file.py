@@ -1,6 +1,6 @@
 """results.json and results.csv: what `fewbit compare` leaves behind, and what everything else in this layer is built from.
 
-`results.json` is the whole of it, in the order of the fields in `results.py`; its JSON Schema is generated from these fields and kept
+`results.json` is the whole of it, in the order of the fields in `results/`; its JSON Schema is generated from these fields and kept
 beside this file (`python -m fewbit.report.results_file` writes it anew). JSON has no NaN and no infinity: a figure that is not finite is
 refused when it is written, by name, rather than found by whoever reads it. `results.csv` is the same flat: one row per variant, one
 column per field, the columns named by their path (`memory.disk_bytes`, `quality.perplexity.low`), the variants of the shapes section

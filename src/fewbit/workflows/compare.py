@@ -24,11 +24,11 @@ from fewbit.checkpoints.sources import TensorSource
 from fewbit.corpora.text import load_corpus
 from fewbit.decide.conclusions import conclude
 from fewbit.errors import FewbitError, FormatError, KernelError, UnsupportedModelError, UsageError
-from fewbit.evaluate.protocols import make_windows
+from fewbit.evaluate.protocols import Windows, make_windows
 from fewbit.evaluate.quality import Reference, noise_floor
 from fewbit.report.files import ensure_writable
 from fewbit.report.results_file import write_results
-from fewbit.results import CompareResults, ShapesResult
+from fewbit.results import CompareResults, MachineResult, ModelInfo, NoiseFloor, ShapesResult, VariantResult
 from fewbit.runtime.load import check_fits
 from fewbit.workflows.environment import environment
 from fewbit.workflows.report import build_report
@@ -101,44 +101,27 @@ def compare(
     # Everything that can be wrong with the input is found before anything slow begins.
     if out is not None:
         ensure_writable(out)
-    text = load_corpus(corpus, texts)
-    subject = Subject(model=model)
-    source = subject.open()
+    text, named = load_corpus(corpus, texts), variants is not None
+    part = _part(Subject(model=model), rows, settings, named)
+    source = part.source
     windows = make_windows(protocol, text, source.tokenizer(), source.config, seed=settings.seed, max_tokens=settings.max_tokens)
-    shapes_subject = Subject(shapes=shapes, seed=settings.seed) if shapes else None
-    shapes_source = shapes_subject.open() if shapes_subject else None
-    named = variants is not None
-    model_rows, left_out = _fitting(rows, source, settings, named)
-    shapes_rows, shapes_left_out = _fitting(rows, shapes_source, settings, named) if shapes_source else ((), [])
+    stack = _part(Subject(shapes=shapes, seed=settings.seed), rows, settings, named) if shapes else None
 
-    steps = Steps(progress, total=2 + 3 * len(model_rows) + (1 + 2 * len(shapes_rows) if shapes else 0))
-    steps.next("machine: bandwidth and GEMM rate")
-    machine = measure_machine()
-    with PeakMeter() as meter:
-        section = Section(subject, source, machine, settings, steps, meter)
-        steps.next(f"{BASELINE.label}: noise floor on {text.name}")
-        reference = Reference(section.baseline, windows)
-        floor = noise_floor(reference)
-        measured = [section.measure(row, reference) for row in model_rows]
-        shapes_result = None
-        if shapes_subject is not None and shapes_source is not None:
-            steps.next(f"{shapes}: random weights")
-            stack = Section(shapes_subject, shapes_source, machine, settings, steps, meter)
-            shapes_result = ShapesResult(stack.model_info, [stack.measure(row) for row in shapes_rows], stack.note)
-
+    steps = Steps(progress, total=2 + 3 * len(part.rows) + (1 + 2 * len(stack.rows) if stack else 0))
+    measured = _measure(part, stack, windows, settings, steps)
     results = CompareResults(
         command=command or shlex.join(["fewbit", *sys.argv[1:]]),
         run_id=uuid.uuid4().hex,
         started_at=started_at,
         duration_s=round(time.time() - started, 1),
         environment=environment(),
-        machine=machine,
-        model=section.model_info,
-        variants=measured,
+        machine=measured.machine,
+        model=measured.model,
+        variants=measured.variants,
         protocol=windows.info,
-        noise_floor=floor,
-        shapes=shapes_result,
-        warnings=[*left_out, *shapes_left_out, *load.warnings()],
+        noise_floor=measured.noise_floor,
+        shapes=measured.shapes,
+        warnings=[*part.left_out, *(stack.left_out if stack else ()), *load.warnings()],
     )
     results = replace(results, conclusions=conclude(results))
     if out is not None:
@@ -148,14 +131,35 @@ def compare(
     return results
 
 
-def _fitting(
-    rows: Sequence[Variant], source: TensorSource, settings: SectionSettings, named: bool
-) -> tuple[tuple[Variant, ...], list[str]]:
-    """The rows that this model can have, and a sentence for each that it cannot.
+@dataclass(frozen=True)
+class _Part:
+    """A subject with the rows that it can have, and a sentence for each that it cannot."""
+
+    subject: Subject
+    source: TensorSource
+    rows: tuple[Variant, ...]
+    left_out: list[str]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    machine: MachineResult
+    model: ModelInfo
+    variants: list[VariantResult]
+    noise_floor: NoiseFloor
+    shapes: ShapesResult | None
+
+
+def _part(subject: Subject, rows: Sequence[Variant], settings: SectionSettings, named: bool) -> _Part:
+    """Open the subject and find the rows that it can have.
+
+    Args:
+        named: the rows were asked for by name, so that one which does not fit is an error.
 
     Raises:
         FewbitError: a row does not fit though it is the baseline, was named, or, under `strict`, has no fused kernel here.
     """
+    source = subject.open()
     fitting: list[Variant] = []
     left_out = []
     for row in rows:
@@ -169,7 +173,25 @@ def _fitting(
             left_out.append(f"{row.label} ({row.name}) was left out on {source.describe()}: {error}.")
         else:
             fitting.append(row)
-    return tuple(fitting), left_out
+    return _Part(subject, source, tuple(fitting), left_out)
+
+
+def _measure(part: _Part, stack: _Part | None, windows: Windows, settings: SectionSettings, steps: Steps) -> _Measured:
+    """Latency, quality and memory of the model's rows, then latency and memory of the stack of random weights."""
+    steps.next("machine: bandwidth and GEMM rate")
+    machine = measure_machine()
+    with PeakMeter() as meter:
+        section = Section(part.subject, part.source, machine, settings, steps, meter)
+        steps.next(f"{BASELINE.label}: noise floor on {windows.info.corpus}")
+        reference = Reference(section.baseline, windows)
+        floor = noise_floor(reference)
+        variants = [section.measure(row, reference) for row in part.rows]
+        shapes = None
+        if stack is not None:
+            steps.next(f"{stack.subject.shapes}: random weights")
+            random = Section(stack.subject, stack.source, machine, settings, steps, meter)
+            shapes = ShapesResult(random.model_info, [random.measure(row) for row in stack.rows], random.note)
+    return _Measured(machine, section.model_info, variants, floor, shapes)
 
 
 def _of_row(error: FewbitError, row: Variant) -> FewbitError:
