@@ -117,7 +117,7 @@ class rows:
     def sum_of_squares(instruction_set: str, x: torch.Tensor) -> float: ...
 
 def weight_memory(bytes: int) -> Any:
-    """uint8 [bytes] of zeros that understands DLPack (`torch.from_dlpack`), in huge pages where the system has them. For packed weights."""
+    """uint8 [bytes] of zeros that understands DLPack (`torch.utils.dlpack.from_dlpack`), in huge pages where the system has them. For packed weights."""
 
 def int_instruction_sets() -> list[str]:
     """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `avx512vl-vnni`, `avx-vnni`, `avx2`, `portable`."""
@@ -237,7 +237,9 @@ def int_linear(
     static_scale: float = 0.0,
     instruction_set: str = "",
 ) -> Linear:
-    """An INT4 or INT8 weight that multiplies INT8 activations; layouts in src/native/cpu/int_dot.hpp.
+    """A weight of 2, 3, 4 or 8 bits that multiplies INT8 activations; layouts in src/native/cpu/int_dot.hpp.
+
+    Tiles may be any distance apart, each on a cache line; what belongs to one tile is contiguous.
 
     Args:
         codes: uint8 [tiles, lines, 64].

@@ -25,8 +25,8 @@ namespace fewbit {
 namespace {
 
 template <typename T, std::size_t Dimensions> using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+template <typename T, std::size_t Dimensions> using Strided = nb::ndarray<T, nb::ndim<Dimensions>, nb::device::cpu>;
 using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
-using Flat = nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>;
 
 void check(bool holds, const char *message) {
     if (!holds) throw std::invalid_argument(message);
@@ -66,8 +66,22 @@ void multiply_all(const std::vector<const Linear *> &linears, const Matrix &x, c
     multiply_in_turn(linears, rows, results);
 }
 
-std::unique_ptr<Linear> int_linear(const Array<const std::uint8_t, 3> &codes, const Flat &scales,
-                                   const std::optional<Array<const std::int8_t, 3>> &zeros, std::size_t out_features,
+// Bytes from one tile of a packed tensor [tiles, ...] to the next. Tiles begin on cache lines, and within a tile nothing lies between its values.
+template <class Packed> std::size_t tile_stride(const Packed &packed, std::size_t tiles, std::size_t alignment) {
+    check(packed.ndim() > 0 && packed.shape(0) == tiles, "codes, scales and zeros have not the same tiles");
+    std::int64_t inner = 1;
+    for (std::size_t i = packed.ndim() - 1; i > 0; inner *= std::int64_t(packed.shape(i)), --i) {
+        check(packed.shape(i) == 1 || packed.stride(i) == inner, "the values of a tile are not next to each other");
+    }
+    check(tiles <= 1 || packed.stride(0) >= inner, "tiles overlap");
+    const std::size_t stride = std::size_t(tiles <= 1 ? inner : packed.stride(0)) * packed.itemsize();
+    check((tiles <= 1 || stride % alignment == 0) && reinterpret_cast<std::uintptr_t>(packed.data()) % alignment == 0,
+          "tiles do not begin on a cache line");
+    return stride;
+}
+
+std::unique_ptr<Linear> int_linear(const Strided<const std::uint8_t, 3> &codes, const nb::ndarray<nb::device::cpu, nb::ro> &scales,
+                                   const std::optional<Strided<const std::int8_t, 3>> &zeros, std::size_t out_features,
                                    std::size_t in_features, std::size_t group, int bits, float range, float static_scale,
                                    const std::string &instruction_set) {
     check(group != 0 && group % 32 == 0, "a group is not a multiple of 32 columns");
@@ -77,8 +91,8 @@ std::unique_ptr<Linear> int_linear(const Array<const std::uint8_t, 3> &codes, co
     weight.groups = (in_features + group - 1) / group;
     const std::size_t tiles = (out_features + kTileRows - 1) / kTileRows, lines = weight.groups * group * std::size_t(bits) / 32;
     check(codes.shape(0) == tiles && codes.shape(1) == lines && codes.shape(2) == kLineBytes, "codes are not [tiles, lines, 64]");
-    check(reinterpret_cast<std::uintptr_t>(codes.data()) % kLineBytes == 0, "codes do not begin on a cache line");
-    check(reinterpret_cast<std::uintptr_t>(scales.data()) % kLineBytes == 0, "scales do not begin on a cache line");
+    weight.codes = codes.data();
+    weight.code_stride = tile_stride(codes, tiles, kLineBytes);
     if (is_bfloat16(scales.dtype())) {
         weight.scale_layout = ScaleLayout::groups_bfloat16;
         check(scales.size() == tiles * ((weight.groups + 1) / 2) * kTileRows * 2, "scales are not [tiles, pairs of groups, 16, 2]");
@@ -88,12 +102,13 @@ std::unique_ptr<Linear> int_linear(const Array<const std::uint8_t, 3> &codes, co
         const std::size_t per_tile = scales.ndim() == 2 ? kTileRows : weight.groups * kTileRows;
         check(scales.size() == tiles * per_tile, "scales are not [tiles, 16] or [tiles, groups, 16]");
     }
-    weight.codes = codes.data();
     weight.scales = scales.data();
+    weight.scale_stride = tile_stride(scales, tiles, kLineBytes);
     if (zeros) {
         const std::size_t groups = weight.scale_layout == ScaleLayout::channel ? 1 : weight.groups;
-        check(zeros->shape(0) == tiles && zeros->shape(1) == groups && zeros->shape(2) == kTileRows, "zeros are not [tiles, groups, 16]");
+        check(zeros->shape(1) == groups && zeros->shape(2) == kTileRows, "zeros are not [tiles, groups, 16]");
         weight.zeros = zeros->data();
+        weight.zero_stride = tile_stride(*zeros, tiles, 1);
     }
     return make_int_linear(weight, {bits, in_features, range, static_scale, instruction_set});
 }

@@ -14,7 +14,10 @@
 //                 q0 | q1 << 3 | (q6 >> 1) << 6      q2 | q3 << 3 | (q7 >> 1) << 6      q4 | q5 << 3 | (q6 & 1) << 6 | (q7 & 1) << 7
 //
 // so that the 32-bit lane r of a register (two registers of AVX2, four of NEON) belongs to row r, four columns of x are broadcast, and no sum
-// ever crosses lanes. Tiles follow one another: a range of rows is one stream of memory. Rows and columns are padded, x with zeros.
+// ever crosses lanes. Rows and columns are padded, x with zeros.
+//
+// Codes, scales and zero points of a tile lie wherever the strides say; `cpu.tiles` in Python puts them one behind the other, so that a range of
+// rows is one stream of memory: a stream of scales beside that of codes cost 4 % of the bandwidth at one token.
 
 #pragma once
 
@@ -42,6 +45,7 @@ struct IntWeight {
     ScaleLayout scale_layout = ScaleLayout::channel;
     const void *scales = nullptr;
     const std::int8_t *zeros = nullptr; // [tiles, groups, 16], channel: [tiles, 16]; null: symmetric
+    std::size_t code_stride = 0, scale_stride = 0, zero_stride = 0; // bytes from one tile to the next
 };
 
 // As Linear::multiply; begin is a multiple of kTileRows.

@@ -1,7 +1,9 @@
 // int_dot.hpp for AVX-512 with VNNI: vpdpbusd adds four products of unsigned and signed bytes to each of sixteen 32-bit sums.
 //
 // One token (`multiply_one`) reads weights from memory once, and the loop must not be slower than memory. INT4 costs two masks and two dot
-// products a line: the upper nibbles are not shifted down, their sums come out sixteen times too large and are shifted once per group.
+// products a line: the upper nibbles are not shifted down, their sums come out sixteen times too large and are shifted once per group. Four tiles
+// are read side by side, two or three lines of each in turn: several streams that advance together are what the prefetchers of the second-level
+// cache keep up with best (one stream after the other: 0.8 of the bandwidth, in turns 0.97), and a broadcast of x serves all four.
 //
 // Several tokens (`multiply_some`): 32 rows of the weight times up to 12 tokens in 24 registers of sums, so that a broadcast of x serves two
 // products and a load of the weight up to twelve.
@@ -21,9 +23,8 @@ namespace {
 constexpr std::size_t kTokens = 12;       // of a register block
 constexpr std::size_t kBlock = 512;       // columns at once: of 32 rows as bytes, half of the first level cache
 constexpr std::size_t kDirectTokens = 48; // up to here INT4 is not spread
-constexpr std::size_t kPrefetch = 2048;   // bytes ahead
-constexpr int kStreams = 2;               // tiles side by side at one token
-constexpr std::size_t kTileLoad = kTileRows * sizeof(float);
+constexpr std::size_t kPrefetch = 1024;   // bytes ahead in each stream
+constexpr int kStreams = 4;               // tiles side by side at one token
 
 inline __m512i broadcast4(const void *from) {
     int value;
@@ -33,31 +34,31 @@ inline __m512i broadcast4(const void *from) {
 
 inline std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
+inline const char *scales_of(const IntWeight &w, std::size_t tile) { return static_cast<const char *>(w.scales) + tile * w.scale_stride; }
+
 // The scales of a tile for one group.
 inline __m512 group_scale(const IntWeight &w, std::size_t tile, std::size_t group) {
-    if (w.scale_layout == ScaleLayout::groups_float32) {
-        return _mm512_load_ps(static_cast<const float *>(w.scales) + (tile * w.groups + group) * kTileRows);
-    }
-    const std::size_t pairs = (w.groups + 1) / 2;
-    const __m512i pair = _mm512_load_si512(static_cast<const char *>(w.scales) + (tile * pairs + group / 2) * kTileLoad);
+    if (w.scale_layout == ScaleLayout::groups_float32) return _mm512_load_ps(scales_of(w, tile) + group * kLineBytes);
+    const __m512i pair = _mm512_load_si512(scales_of(w, tile) + group / 2 * kLineBytes);
     const __m512i bits = group % 2 == 0 ? _mm512_slli_epi32(pair, 16) : _mm512_and_si512(pair, _mm512_set1_epi32(int(0xffff0000)));
     return _mm512_castsi512_ps(bits);
 }
 
-inline __m512i zero_points(const IntWeight &w, std::size_t line) {
-    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w.zeros + line * kTileRows)));
+inline __m512i zero_points(const IntWeight &w, std::size_t tile, std::size_t group) {
+    const std::int8_t *zeros = w.zeros + tile * w.zero_stride + group * kTileRows;
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(zeros)));
 }
 
 // z * sum of x: both fit 16 bits, as a group has at most 128 columns where zero points belong to groups. The upper halves are signs: z's is
 // cleared, or it would add a product of its own.
-inline __m512i zero_correction(const IntWeight &w, std::size_t line, const std::int32_t *sum) {
-    return _mm512_madd_epi16(_mm512_and_si512(zero_points(w, line), _mm512_set1_epi32(0xffff)), broadcast4(sum));
+inline __m512i zero_correction(const IntWeight &w, std::size_t tile, std::size_t group, const std::int32_t *sum) {
+    return _mm512_madd_epi16(_mm512_and_si512(zero_points(w, tile, group), _mm512_set1_epi32(0xffff)), broadcast4(sum));
 }
 
 // Per channel: y * scale, with the zero points' part taken off; `total` is sum_g s_x * sum of x.
 inline __m512 channel_result(const IntWeight &w, std::size_t tile, __m512 y, float total) {
-    if (w.zeros != nullptr) y = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(zero_points(w, tile)), _mm512_set1_ps(total), y);
-    return _mm512_mul_ps(y, _mm512_load_ps(static_cast<const float *>(w.scales) + tile * kTileRows));
+    if (w.zeros != nullptr) y = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(zero_points(w, tile, 0)), _mm512_set1_ps(total), y);
+    return _mm512_mul_ps(y, _mm512_load_ps(scales_of(w, tile)));
 }
 
 float scaled_total(const Input &x, std::size_t token) {
@@ -70,9 +71,8 @@ inline __mmask16 row_mask(std::size_t rows) { return rows >= kTileRows ? 0xffff 
 
 // ---------------------------------------------------------------------------------------------------------------- one token
 
-inline void prefetch_lines(const std::uint8_t *codes, std::size_t lines) {
-    for (std::size_t i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetch + i * kLineBytes), _MM_HINT_T0);
-}
+// Always inlined: GCC takes a function that only prefetches for one without effects and drops calls to it.
+inline __attribute__((always_inline)) void prefetch(const void *at) { _mm_prefetch(static_cast<const char *>(at), _MM_HINT_T0); }
 
 inline __m512i line_at(const std::uint8_t *codes, std::size_t line) { return _mm512_load_si512(codes + line * kLineBytes); }
 
@@ -84,102 +84,113 @@ inline __m512i join(__m512i high, __m512i low) {
     return field(_mm512_ternarylogic_epi32(top, high, low, 0xca), 0xe0);
 }
 
-inline __m512i dot(__m512i sum, __m512i codes, const std::int8_t *x) { return _mm512_dpbusd_epi32(sum, codes, broadcast4(x)); }
-
 // dpbusd in place. The intrinsic makes GCC 12 copy every sum before and after, and a block of 24 sums no longer fits the registers.
 inline void dot_in_place(__m512i &sum, __m512i codes, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x)); }
 
-// Sum of one group of a tile, offsets taken off; `start` is -8 times the sum of x.
-template <int Bits> __m512i dot_one(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start);
+// Indices as types: the compiler keeps an array in registers when all of its indices are constants before it optimizes anything.
+template <int Value> struct Index {
+    static constexpr int value = Value;
+};
 
-template <> inline __m512i dot_one<8>(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
-    __m512i a = _mm512_slli_epi32(broadcast4(start), 4), b = _mm512_setzero_si512();
-    for (std::size_t k = 0; k < columns; k += 8, codes += 2 * kLineBytes) {
-        prefetch_lines(codes, 2);
-        a = dot(a, line_at(codes, 0), x + k);
-        b = dot(b, line_at(codes, 1), x + k + 4);
+template <int Count, int From = 0, typename Body> inline __attribute__((always_inline)) void each(const Body &body) {
+    if constexpr (From < Count) {
+        body(Index<From>{});
+        each<Count, From + 1>(body);
     }
-    return _mm512_add_epi32(a, b);
 }
 
-template <> inline __m512i dot_one<4>(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
-    __m512i a = broadcast4(start), b = _mm512_setzero_si512(), c = b, d = b;
-    for (std::size_t k = 0; k < columns; k += 16, codes += 2 * kLineBytes) {
-        const __m512i first = line_at(codes, 0), second = line_at(codes, 1);
-        prefetch_lines(codes, 2);
-        a = dot(a, field(first, 0x0f), x + k);
-        b = dot(b, field(first, 0xf0), x + k + 4);
-        c = dot(c, field(second, 0x0f), x + k + 8);
-        d = dot(d, field(second, 0xf0), x + k + 12);
-    }
-    return _mm512_add_epi32(_mm512_add_epi32(a, c), _mm512_srai_epi32(_mm512_add_epi32(b, d), 4));
-}
+#define FEWBIT_INLINE __attribute__((always_inline))
 
-// The upper fields stay where they are, too: three sums, 1, 8 and 32 times too large.
-template <> inline __m512i dot_one<3>(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
-    __m512i a = _mm512_srai_epi32(broadcast4(start), 1), b = _mm512_setzero_si512(), c = b, d = b, e = b;
-    for (std::size_t k = 0; k < columns; k += 32, codes += 3 * kLineBytes) {
-        const __m512i first = line_at(codes, 0), second = line_at(codes, 1), third = line_at(codes, 2);
-        prefetch_lines(codes, 3);
-        a = dot(a, field(first, 0x07), x + k);
-        b = dot(b, field(first, 0x38), x + k + 4);
-        c = dot(c, field(second, 0x07), x + k + 8);
-        d = dot(d, field(second, 0x38), x + k + 12);
-        a = dot(a, field(third, 0x07), x + k + 16);
-        b = dot(b, field(third, 0x38), x + k + 20);
-        e = dot(e, join(first, _mm512_srli_epi32(third, 1)), x + k + 24);
-        e = dot(e, join(second, _mm512_srli_epi32(third, 2)), x + k + 28);
-    }
-    const __m512i eights = _mm512_srai_epi32(_mm512_add_epi32(b, d), 3);
-    return _mm512_add_epi32(_mm512_add_epi32(a, c), _mm512_add_epi32(eights, _mm512_srai_epi32(e, 5)));
-}
+// How one token reads a format: a step is kLines lines that hold kQuads times four columns. Fields stay where they are in their bytes; those at
+// the same place add to the same sum, and `total` shifts each sum once.
+template <int Bits> struct Step {
+    static constexpr int kLines = Bits == 3 ? 3 : 2, kQuads = kLines * 64 / (8 * Bits), kFields = 8 / Bits, kSums = Bits == 8 ? 2 : kFields;
 
-template <> inline __m512i dot_one<2>(const std::uint8_t *codes, const std::int8_t *x, std::size_t columns, const std::int32_t *start) {
-    __m512i a = _mm512_srai_epi32(broadcast4(start), 2), b = _mm512_setzero_si512(), c = b, d = b;
-    for (std::size_t k = 0; k < columns; k += 16, codes += kLineBytes) {
-        const __m512i line = line_at(codes, 0);
-        prefetch_lines(codes, 1);
-        a = dot(a, field(line, 0x03), x + k);
-        b = dot(b, field(line, 0x0c), x + k + 4);
-        c = dot(c, field(line, 0x30), x + k + 8);
-        d = dot(d, field(line, 0xc0), x + k + 12);
+    template <int Quad> static constexpr int sum_of() { return Quad % kSums; }
+    template <int Quad> static __m512i codes(const std::uint8_t *step) {
+        const __m512i line = line_at(step, Quad / kFields);
+        if constexpr (Bits == 8) return line;
+        else return field(line, ((1 << Bits) - 1) << (Quad % kFields * Bits));
     }
-    const __m512i upper = _mm512_add_epi32(_mm512_srai_epi32(c, 4), _mm512_srai_epi32(d, 6));
-    return _mm512_add_epi32(_mm512_add_epi32(a, _mm512_srai_epi32(b, 2)), upper);
-}
-
-// `Tiles` tiles from `tile` on, group by group in turns: as many streams of memory, which hardware prefetches further ahead than one.
-template <int Bits, int Tiles>
-void multiply_tiles(const IntWeight &w, const Input &x, float *y, std::size_t tile, std::size_t rows, float total) {
-    const std::size_t group_bytes = w.group * kTileRows * Bits / 8, tile_bytes = w.groups * group_bytes;
-    const bool channel = w.scale_layout == ScaleLayout::channel;
-    const std::uint8_t *codes = w.codes + tile * tile_bytes;
-    __m512 results[Tiles];
-    for (int t = 0; t < Tiles; ++t) results[t] = _mm512_setzero_ps();
-    for (std::size_t g = 0; g < w.groups; ++g, codes += group_bytes) {
-        const __m512 x_scale = _mm512_set1_ps(x.scales[g]);
-        for (int t = 0; t < Tiles; ++t) {
-            __m512i sum = dot_one<Bits>(codes + t * tile_bytes, x.codes + g * w.group, w.group, x.starts + g);
-            __m512 scale = x_scale;
-            if (!channel) {
-                if (w.zeros != nullptr) sum = _mm512_sub_epi32(sum, zero_correction(w, (tile + t) * w.groups + g, x.sums + g));
-                scale = _mm512_mul_ps(scale, group_scale(w, tile + t, g));
-            }
-            results[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, results[t]);
+    // Sums of a group; `start`, -8 times the sum of x, takes the offsets off.
+    static __m512i total(__m512i start, const __m512i (&sums)[kSums]) {
+        if constexpr (Bits == 8) {
+            return _mm512_add_epi32(_mm512_slli_epi32(start, 4), _mm512_add_epi32(sums[0], sums[1]));
+        } else {
+            __m512i all = _mm512_add_epi32(_mm512_srai_epi32(start, 4 - Bits), sums[0]);
+            each<kSums, 1>([&](auto i) FEWBIT_INLINE { all = _mm512_add_epi32(all, _mm512_srai_epi32(sums[i.value], i.value * Bits)); });
+            return all;
         }
     }
-    for (int t = 0; t < Tiles; ++t) {
-        if (channel) results[t] = channel_result(w, tile + t, results[t], total);
-        _mm512_mask_storeu_ps(y + t * kTileRows, row_mask(rows - std::size_t(t) * kTileRows), results[t]);
+};
+
+template <> struct Step<3> {
+    static constexpr int kLines = 3, kQuads = 8, kSums = 3;
+
+    template <int Quad> static constexpr int sum_of() { return Quad < 6 ? Quad % 2 : 2; }
+    template <int Quad> static __m512i codes(const std::uint8_t *step) {
+        if constexpr (Quad < 6) return field(line_at(step, Quad / 2), Quad % 2 == 0 ? 0x07 : 0x38);
+        else return join(line_at(step, Quad - 6), _mm512_srli_epi32(line_at(step, 2), Quad - 5));
     }
+    static __m512i total(__m512i start, const __m512i (&sums)[kSums]) {
+        const __m512i low = _mm512_add_epi32(_mm512_srai_epi32(start, 1), sums[0]);
+        return _mm512_add_epi32(low, _mm512_add_epi32(_mm512_srai_epi32(sums[1], 3), _mm512_srai_epi32(sums[2], 5)));
+    }
+};
+
+// `Tiles` tiles from `tile` on, a step of each in turn.
+template <int Bits, int Tiles>
+void multiply_tiles(const IntWeight &w, const Input &x, float *y, std::size_t tile, std::size_t rows, float total) {
+    using Format = Step<Bits>;
+    const bool channel = w.scale_layout == ScaleLayout::channel;
+    const std::size_t stride = w.code_stride, groups_per_line = w.scale_layout == ScaleLayout::groups_bfloat16 ? 2 : 1;
+    const std::uint8_t *codes = w.codes + tile * stride;
+    __m512 results[Tiles];
+    each<Tiles>([&](auto t) FEWBIT_INLINE { results[t.value] = _mm512_setzero_ps(); });
+    for (std::size_t g = 0; g < w.groups; ++g) {
+        __m512i sums[Tiles][Format::kSums];
+        each<Tiles>([&](auto t) FEWBIT_INLINE {
+            each<Format::kSums>([&](auto i) FEWBIT_INLINE { sums[t.value][i.value] = _mm512_setzero_si512(); });
+            if (!channel) prefetch(scales_of(w, tile + t.value) + (g / groups_per_line + 1) * kLineBytes);
+        });
+        const std::int8_t *values = x.codes + g * w.group;
+        const std::int8_t *const end = values + w.group;
+        for (; values != end; values += 4 * Format::kQuads, codes += Format::kLines * kLineBytes) {
+            each<Tiles>([&](auto t) FEWBIT_INLINE {
+                each<Format::kLines>([&](auto i) FEWBIT_INLINE { prefetch(codes + t.value * stride + kPrefetch + i.value * kLineBytes); });
+            });
+            each<Format::kQuads>([&](auto q) FEWBIT_INLINE {
+                const __m512i some = broadcast4(values + 4 * q.value);
+                each<Tiles>([&](auto t) FEWBIT_INLINE {
+                    __m512i &sum = sums[t.value][Format::template sum_of<decltype(q)::value>()];
+                    dot_in_place(sum, Format::template codes<decltype(q)::value>(codes + t.value * stride), some);
+                });
+            });
+        }
+        const __m512 x_scale = _mm512_set1_ps(x.scales[g]);
+        const __m512i start = broadcast4(x.starts + g);
+        each<Tiles>([&](auto t) FEWBIT_INLINE {
+            __m512i sum = Format::total(start, sums[t.value]);
+            __m512 scale = x_scale;
+            if (!channel) {
+                if (w.zeros != nullptr) sum = _mm512_sub_epi32(sum, zero_correction(w, tile + t.value, g, x.sums + g));
+                scale = _mm512_mul_ps(scale, group_scale(w, tile + t.value, g));
+            }
+            results[t.value] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, results[t.value]);
+        });
+    }
+    each<Tiles>([&](auto t) FEWBIT_INLINE {
+        const __m512 result = channel ? channel_result(w, tile + t.value, results[t.value], total) : results[t.value];
+        _mm512_mask_storeu_ps(y + t.value * kTileRows, row_mask(rows - std::size_t(t.value) * kTileRows), result);
+    });
 }
 
 template <int Bits> void multiply_one(const IntWeight &w, const Input &x, float *y, std::size_t begin, std::size_t end) {
     const bool channel = w.scale_layout == ScaleLayout::channel;
     const float total = channel && w.zeros != nullptr ? scaled_total(x, 0) : 0.0f;
     std::size_t first = begin;
-    for (; first + kStreams * kTileRows <= end; first += kStreams * kTileRows) {
-        multiply_tiles<Bits, kStreams>(w, x, y + first, first / kTileRows, kStreams * kTileRows, total);
+    for (; first + (kStreams - 1) * kTileRows < end; first += kStreams * kTileRows) {
+        multiply_tiles<Bits, kStreams>(w, x, y + first, first / kTileRows, end - first, total);
     }
     for (; first < end; first += kTileRows) multiply_tiles<Bits, 1>(w, x, y + first, first / kTileRows, end - first, total);
 }
@@ -211,20 +222,6 @@ template <int Tiles, int Tokens> inline void put(const Block &block, const float
         }
     }
 }
-
-// Indices as types: the compiler keeps an array in registers when all of its indices are constants before it optimizes anything.
-template <int Value> struct Index {
-    static constexpr int value = Value;
-};
-
-template <int Count, int From = 0, typename Body> inline __attribute__((always_inline)) void each(const Body &body) {
-    if constexpr (From < Count) {
-        body(Index<From>{});
-        each<Count, From + 1>(body);
-    }
-}
-
-#define FEWBIT_INLINE __attribute__((always_inline))
 
 template <int Bits, int Tiles, int Tokens> void multiply_block(const IntWeight &w, const Input &x, const Block &block) {
     const std::size_t x_stride = x.code_stride;
@@ -264,7 +261,7 @@ template <int Bits, int Tiles, int Tokens> void multiply_block(const IntWeight &
                 const std::size_t at = (block.token + m.value) * x.groups + g;
                 __m512i sum = sums[m.value][t.value];
                 if (!channel && w.zeros != nullptr) {
-                    sum = _mm512_sub_epi32(sum, zero_correction(w, (block.tile + t.value) * w.groups + g, x.sums + at));
+                    sum = _mm512_sub_epi32(sum, zero_correction(w, block.tile + t.value, g, x.sums + at));
                 }
                 float *to = totals[m.value] + t.value * kTileRows;
                 const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[at]));
@@ -340,7 +337,7 @@ void finish_channels(const IntWeight &w, const Input &x, const Block &block) {
 template <int Bits>
 void multiply_some(const IntWeight &w, const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end) {
     constexpr bool kDirect = Bits == 4 || Bits == 8; // multiply_block reads these without help
-    const std::size_t group_bytes = w.group * kTileRows * Bits / 8, tile_bytes = w.groups * group_bytes;
+    const std::size_t group_bytes = w.group * kTileRows * Bits / 8;
     const bool spreads = !kDirect || (Bits == 4 && x.rows > kDirectTokens && w.group <= kBlock);
     const std::size_t step = spreads || (x.rows > kTokens && w.group <= kBlock) ? kBlock / w.group : w.groups;
     alignas(kLineBytes) std::uint8_t scratch[Bits != 8 ? 2 * kTileRows * kBlock : 1];
@@ -350,16 +347,16 @@ void multiply_some(const IntWeight &w, const Input &x, float *y, std::size_t y_s
         block.rows = least(2 * kTileRows, end - first);
         block.y = y + first;
         block.y_stride = y_stride;
-        block.tile_bytes = tile_bytes;
         block.start_shift = Bits == 8 ? 4 : 0;
         for (std::size_t g = 0; g < w.groups; g += step) {
             block.first_group = g;
             block.last_group = least(g + step, w.groups);
-            block.codes = w.codes + block.tile * tile_bytes + g * group_bytes;
+            block.codes = w.codes + block.tile * w.code_stride + g * group_bytes;
+            block.tile_bytes = w.code_stride;
             if (spreads) {
                 const std::size_t bytes = (block.last_group - g) * group_bytes;
                 for (std::size_t t = 0; t * kTileRows < block.rows; ++t) {
-                    spread<Bits == 8 ? 4 : Bits>(block.codes + t * tile_bytes, bytes / kLineBytes, scratch + t * (bytes * 8 / Bits));
+                    spread<Bits == 8 ? 4 : Bits>(block.codes + t * w.code_stride, bytes / kLineBytes, scratch + t * (bytes * 8 / Bits));
                 }
                 block.codes = scratch;
                 block.tile_bytes = bytes * 8 / Bits;

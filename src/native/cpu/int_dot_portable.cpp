@@ -16,21 +16,20 @@ float bfloat16(std::uint16_t bits) {
 }
 
 float scale_of(const IntWeight &w, std::size_t tile, std::size_t group, std::size_t row) {
+    const void *scales = static_cast<const char *>(w.scales) + tile * w.scale_stride;
     switch (w.scale_layout) {
     case ScaleLayout::channel:
-        return static_cast<const float *>(w.scales)[tile * kTileRows + row];
+        return static_cast<const float *>(scales)[row];
     case ScaleLayout::groups_float32:
-        return static_cast<const float *>(w.scales)[(tile * w.groups + group) * kTileRows + row];
+        return static_cast<const float *>(scales)[group * kTileRows + row];
     default:
-        const std::size_t pairs = (w.groups + 1) / 2;
-        return bfloat16(static_cast<const std::uint16_t *>(w.scales)[((tile * pairs + group / 2) * kTileRows + row) * 2 + group % 2]);
+        return bfloat16(static_cast<const std::uint16_t *>(scales)[(group / 2 * kTileRows + row) * 2 + group % 2]);
     }
 }
 
 std::int32_t zero_of(const IntWeight &w, std::size_t tile, std::size_t group, std::size_t row) {
     if (w.zeros == nullptr) return 0;
-    const std::size_t line = w.scale_layout == ScaleLayout::channel ? tile : tile * w.groups + group;
-    return w.zeros[line * kTileRows + row];
+    return w.zeros[tile * w.zero_stride + (w.scale_layout == ScaleLayout::channel ? 0 : group * kTileRows) + row];
 }
 
 // The code of byte `at` of a line that holds columns 4 i + j, for i of a stretch of 32 columns; `codes` are the lines of the stretch.
@@ -67,7 +66,7 @@ void multiply(const IntWeight &w, const Input &x, float *y, std::size_t y_stride
             for (std::size_t g = 0; g < w.groups; ++g) {
                 const std::size_t at = m * w.groups + g;
                 std::int32_t sums[kTileRows] = {};
-                dot<Bits>(w.codes + (tile * w.groups + g) * group_bytes, x.codes + m * x.code_stride + g * w.group, w.group, sums);
+                dot<Bits>(w.codes + tile * w.code_stride + g * group_bytes, x.codes + m * x.code_stride + g * w.group, w.group, sums);
                 for (std::size_t r = 0; r < rows; ++r) {
                     const std::int32_t sum = sums[r] - (kOffset + zero_of(w, tile, g, r)) * x.sums[at];
                     result[r] += scale_of(w, tile, g, r) * x.scales[at] * float(sum);

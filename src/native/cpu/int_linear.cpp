@@ -53,7 +53,7 @@ class IntLinear final : public Linear {
     }
 
     InputFormat input_format(std::size_t) const override { return format_; }
-    std::size_t tile() const override { return 2 * kTileRows; } // pairs of tiles share their inputs
+    std::size_t tile() const override { return 4 * kTileRows; } // that many share a broadcast of their inputs
 
     std::size_t bytes() const override {
         const std::size_t tiles = (out_features + kTileRows - 1) / kTileRows, groups = weight_.groups;

@@ -226,6 +226,14 @@ def test_bad_arguments_are_errors():
             linear.apply(x, y)
     with pytest.raises(ValueError, match="tiles"):
         _native.int_linear(packed["codes"], packed["scales"], None, 80, 256, 128, 4)
+    codes, scales = packed["codes"], packed["scales"]
+    shifted = torch.zeros(codes.numel() + 64, dtype=torch.uint8)[1:][: codes.numel()].view(codes.shape)
+    with pytest.raises(ValueError, match="cache line"):
+        _native.int_linear(shifted, scales, None, 40, 256, 128, 4)
+    with pytest.raises(ValueError, match="overlap"):
+        _native.int_linear(codes[:1].expand(codes.shape), scales, None, 40, 256, 128, 4)
+    with pytest.raises(ValueError, match="next to each other"):
+        _native.int_linear(codes.contiguous().transpose(1, 2).contiguous().transpose(1, 2), scales, None, 40, 256, 128, 4)
     with pytest.raises(ValueError, match="no avx1024"):
         CpuIntActivations(4, "avx1024").native(packed, request)
     with pytest.raises(ValueError):

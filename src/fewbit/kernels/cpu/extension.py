@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 if TYPE_CHECKING:
     from fewbit import _native as native
@@ -22,6 +23,8 @@ else:
         native = None
 
 __all__ = ["in_weight_memory", "missing_native", "native", "run_linear", "use_torch_threads"]
+
+_LINE_BYTES = 64
 
 
 def missing_native() -> str | None:
@@ -40,19 +43,29 @@ def use_torch_threads() -> int:
 
 
 def in_weight_memory(packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of packed tensors in the native code's memory for weights: huge pages, one weight behind the other (weight_memory.hpp).
+    """Copies of packed tensors in the native code's memory for weights (huge pages, weight_memory.hpp), tile by tile one behind the other.
+
+    At one token a weight is read from end to end; its scales in a second stream beside its codes would cost bandwidth.
 
     Args:
-        packed: CPU tensors; empty ones stay what they are.
+        packed: CPU tensors [tiles, ...], at least one.
+
+    Returns:
+        Views of one memory: tensor i of tile t, then tensor i + 1 of tile t, ..., then tile t + 1, each on a cache line.
     """
-    copies = {}
+    starts, stride = {}, 0
     for name, tensor in packed.items():
-        if tensor.numel() == 0:
-            copies[name] = tensor
-            continue
-        memory = torch.from_dlpack(native.weight_memory(tensor.nbytes))
-        copies[name] = memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    return copies
+        starts[name] = stride
+        stride += -(-tensor[:1].nbytes // _LINE_BYTES) * _LINE_BYTES
+    tiles = next(iter(packed.values())).shape[0]
+    memory = from_dlpack(native.weight_memory(tiles * stride))
+    views = {}
+    for name, tensor in packed.items():
+        size = tensor.element_size()
+        inner = tensor[:1].contiguous().stride()[1:]
+        views[name] = memory.view(tensor.dtype).as_strided(tensor.shape, (stride // size, *inner), starts[name] // size)
+        views[name].copy_(tensor)
+    return views
 
 
 def run_linear(linear: native.Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

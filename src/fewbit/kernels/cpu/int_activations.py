@@ -78,12 +78,12 @@ class CpuIntActivations(Kernel):
 
     def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
         """`codes` uint8 [tiles, lines, 64]; `scales` bfloat16 [tiles, pairs of groups, 16, 2] or float32 [tiles, groups, 16], per channel
-        float32 [tiles, 16]; affine: `zeros` int8 [tiles, groups, 16]."""
+        float32 [tiles, 16]; affine: `zeros` int8 [tiles, groups, 16]. All of a tile lies together."""
         if not isinstance(weight, QuantizedTensor):
             raise FormatError(f"{self.name} packs quantized weights", "quantize the tensor first (methods.rtn)")
         group = _input_group(request)
         columns = -(-request.in_features // group) * group
-        packed = {"codes": tile_codes(weight.values, self._num_bits, columns)}
+        packed = {}
         per_channel = weight.scale.shape[1] == 1
         repeats = 1 if per_channel else columns // group // weight.scale.shape[1]
         scale = scale_as_float(weight.scale, weight.spec, weight.global_scale).repeat_interleave(repeats, dim=1)
@@ -96,7 +96,7 @@ class CpuIntActivations(Kernel):
             packed["scales"] = tile_rows(scale)
         if weight.zero_point is not None:
             packed["zeros"] = tile_rows(weight.zero_point.repeat_interleave(repeats, dim=1))
-        return in_weight_memory(packed)
+        return in_weight_memory({**packed, "codes": tile_codes(weight.values, self._num_bits, columns)})
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
         return run_linear(self.native(packed, request), x, bias)

@@ -75,7 +75,7 @@ class CpuW8A8(Kernel):
         """`codes` uint8 [tiles, lines, 64]; `scales` float32 [tiles, 16]; static: `input_scale` float32 [1]."""
         if not isinstance(weight, QuantizedTensor):
             raise FormatError(f"{self.name} packs quantized weights", "quantize the tensor first (methods.rtn)")
-        packed = {"codes": tile_codes(weight.values, 8, _group(request)), "scales": tile_rows(weight.scale.float()).view(-1, 16)}
+        packed = {"scales": tile_rows(weight.scale.float()).view(-1, 16), "codes": tile_codes(weight.values, 8, _group(request))}
         return {**in_weight_memory(packed), **self.static_input_scale(weight, request)}
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
