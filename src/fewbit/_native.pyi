@@ -117,7 +117,7 @@ class rows:
     def sum_of_squares(instruction_set: str, x: torch.Tensor) -> float: ...
 
 def weight_memory(bytes: int) -> Any:
-    """uint8 [bytes] of zeros that understands DLPack (`torch.utils.dlpack.from_dlpack`), in huge pages where the system has them. For packed weights."""
+    """uint8 [bytes] of zeros for packed weights, in huge pages where the system has them; for `torch.utils.dlpack.from_dlpack`."""
 
 def int_instruction_sets() -> list[str]:
     """Instruction sets for integer products on this CPU, the best first: `avx512-vnni`, `avx512vl-vnni`, `avx-vnni`, `avx2`, `portable`."""

@@ -18,13 +18,13 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 4097, 3 << 20])
-def test_memory_is_zeroed_and_aligned(size):
+def test_memory_is_zeroed_and_aligned(size: int) -> None:
     memory = from_dlpack(_native.weight_memory(size))
     assert memory.shape == (size,) and memory.dtype == torch.uint8
     assert size == 0 or (memory.data_ptr() % 64 == 0 and not memory.any())
 
 
-def test_parts_do_not_overlap_and_outlive_each_other():
+def test_parts_do_not_overlap_and_outlive_each_other() -> None:
     parts = [from_dlpack(_native.weight_memory(size)).fill_(i + 1) for i, size in enumerate([100, 5 << 20, 1, 64, 3 << 20])]
     first = parts.pop(0)
     for i, part in enumerate(parts):
@@ -34,7 +34,7 @@ def test_parts_do_not_overlap_and_outlive_each_other():
     assert bool((first == 1).all())
 
 
-def test_freed_parts_are_no_longer_resident():
+def test_freed_parts_are_no_longer_resident() -> None:
     kept = from_dlpack(_native.weight_memory(64))
     before = resident_bytes()
     part = from_dlpack(_native.weight_memory(64 << 20)).fill_(1)
@@ -46,7 +46,7 @@ def test_freed_parts_are_no_longer_resident():
     assert not kept.any()
 
 
-def test_a_tile_lies_together():
+def test_a_tile_lies_together() -> None:
     scales = torch.randn(3, 5, 16, 2).bfloat16()
     zeros = torch.randint(-8, 8, (3, 5, 16), dtype=torch.int8)
     codes = torch.randint(0, 256, (3, 40, 64)).to(torch.uint8)
@@ -59,6 +59,6 @@ def test_a_tile_lies_together():
     assert packed["zeros"].untyped_storage().data_ptr() == packed["codes"].untyped_storage().data_ptr()
 
 
-def test_tiles_of_a_view_that_are_apart():
+def test_tiles_of_a_view_that_are_apart() -> None:
     wide = torch.arange(4 * 3 * 16, dtype=torch.float32).view(4, 3, 16)[::2]
     assert torch.equal(in_weight_memory({"scales": wide})["scales"], wide)
