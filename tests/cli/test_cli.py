@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,19 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert f"Example: fewbit {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_quantize_names_every_method_and_layout() -> None:
+    import typer
+
+    from fewbit.checkpoints.registry import LAYOUTS
+    from fewbit.cli import app
+    from fewbit.walk.settings import ROUNDINGS, TRANSFORMS, TUNINGS
+
+    help_of = {option.name: option.help for option in typer.main.get_command(app).commands["quantize"].params}  # type: ignore[attr-defined]
+    assert {*ROUNDINGS, *TRANSFORMS, *TUNINGS} <= set(re.findall(r"\w+", help_of["method"]))
+    quantized = {name for name in LAYOUTS if not name.startswith("dense")}  # those are for convert
+    assert quantized <= set(re.findall(r"[\w-]+", help_of["layout"]))
 
 
 def test_help_answers_without_importing_torch() -> None:

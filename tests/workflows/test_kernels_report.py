@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from pydantic import TypeAdapter
@@ -35,6 +36,16 @@ def test_every_scheme_and_kernel_is_listed():
 def test_the_reason_for_a_slow_path_is_shown_with_its_number():
     text = " ".join(text_of(list_kernels((40, 200)), 300).split())
     assert "cpu-int4-exact: needs in_features divisible by the group size, 128, not 200" in text
+
+
+def test_a_slow_path_names_the_fused_kernels_that_could_not_run_or_says_that_there_are_none():
+    report = list_kernels()
+    row = next(row for row in report.schemes if row.scheme == "FP8")
+    assert not row.fused, "FP8 has a fused kernel on the CPU now: take another scheme here"
+    assert "triton-w8a8: runs on NVIDIA GPUs" in text_of(replace(report, schemes=[row]), 300)
+    # Every preset has a fused kernel somewhere by now; a format that comes without one says so.
+    lacking = replace(row, fused_candidates=[])
+    assert "no fused kernel for this format yet" in text_of(replace(report, schemes=[lacking]), 300)
 
 
 def test_shape_must_be_positive():

@@ -22,14 +22,14 @@ SchemeOption = Annotated[str, Option(metavar="NAME", help="Which tensors get whi
 OutOption = Annotated[Path, Option(metavar="DIR", help="The checkpoint's directory; unfinished work waits in DIR.partial.")]
 MethodOption = Annotated[
     str,
-    Option(metavar="CHAIN", help="rtn, gptq, hqq, awq, smoothquant, autoround, llm_int8, or a chain: awq+gptq, gptq+autoround."),
+    Option(metavar="CHAIN", help="rtn, gptq, gptaq, hqq, llm_int8, awq, smoothquant, autoround, or a chain: awq+gptaq, gptq+autoround."),
 ]
 LayoutOption = Annotated[
     str,
     Option(
         "--format",
         metavar="NAME",
-        help="Who is to load it: compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao or modelopt.",
+        help="Who is to load it: compressed-tensors, gptq, gptq_v2, awq, gguf, bitsandbytes, torchao, modelopt or fewbit.",
     ),
 ]
 GroupSizeOption = Annotated[int | None, Option(metavar="SIZE", help="Weights that share a scale, in place of the scheme's.", min=1)]
