@@ -32,7 +32,7 @@ class Loaded:
     scheme: Scheme
     cache: Callable[[], Any] = DynamicCache
 
-    def new_cache(self) -> Any:
+    def new_cache(self, *, shadow: bool = False) -> Any:
         return self.cache()
 
 

@@ -47,13 +47,14 @@ def expected_read(x: torch.Tensor, spec: QuantSpec | None, window: int) -> torch
     return torch.cat([dequantize_dynamic(*quantize_dynamic(x[:, :, :old], spec), spec, x.dtype), x[:, :, old:]], dim=2)
 
 
+@pytest.mark.parametrize("shadow", [False, True])
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("chunk", [1, 7, 64, 200])
-def test_attention_reads_history_and_window(name: str, chunk: int) -> None:
+def test_attention_reads_history_and_window(name: str, chunk: int, shadow: bool) -> None:
     """However the tokens arrive, the result is the same: rounded history, exact window. 200 tokens make the buffers grow."""
     scheme = get_scheme(name)
     keys, values = states(200)
-    cache = KVCache(CONFIG, scheme)
+    cache = KVCache(CONFIG, scheme, shadow=shadow)
     read_keys, read_values = fill(cache, keys, values, chunk)
     assert torch.equal(read_keys, expected_read(keys, scheme.kv_keys, scheme.kv_residual_window))
     assert torch.equal(read_values, expected_read(values, scheme.kv_values, scheme.kv_residual_window))
@@ -108,12 +109,13 @@ def test_a_step_copies_only_itself(name: str) -> None:
     assert len(addresses) <= 9
 
 
+@pytest.mark.parametrize("shadow", [False, True])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_crop_and_continue(name: str) -> None:
+def test_crop_and_continue(name: str, shadow: bool) -> None:
     """After a crop the kept tokens read as they did, and the cache goes on."""
     scheme = get_scheme(name)
     keys, values = states(150)
-    cache = KVCache(CONFIG, scheme)
+    cache = KVCache(CONFIG, scheme, shadow=shadow)
     before = [x.clone() for x in fill(cache, keys, values, chunk=50)]
     cache.crop(-77)
     assert cache.get_seq_length() == 73
@@ -150,9 +152,10 @@ def test_crop_everything_and_reset() -> None:
     assert cache.nbytes() == 0
 
 
-def test_batch_operations() -> None:
+@pytest.mark.parametrize("shadow", [False, True])
+def test_batch_operations(shadow: bool) -> None:
     keys, values = states(80, batch=3)
-    cache = KVCache(CONFIG, get_scheme("KV-INT4"))
+    cache = KVCache(CONFIG, get_scheme("KV-INT4"), shadow=shadow)
     before, _ = fill(cache, keys, values, chunk=80)
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     cache.batch_repeat_interleave(2)

@@ -59,7 +59,7 @@ class PeakRequest:
     num_layers: int | None = None
     kernel: str | None = None
     prompt_tokens: int = 128
-    decode_steps: int = 8
+    decode_steps: int = 2
     device: str = "cpu"
     threads: int = 1
     compute: str = "exact"

@@ -21,7 +21,9 @@ In memory, for n tokens of capacity and a unit of u tokens (32 for `channel`, el
 
 Keys arrive after their rotary embedding and are stored so. `update` returns what attention reads: the history dequantized into one
 fresh tensor, then the window. This dequantized copy exists for one layer at a time; memory that stays is the packed one. Tokens that
-leave the window in a call are read quantized in that very call. Layers with a sliding window keep all tokens too, and the mask hides
+leave the window in a call are read quantized in that very call. A cache that is read many times for each token that enters (a text
+in chunks of 16 tokens, each of which reads all before it) may keep the dequantized history beside the packed one, a *shadow*: the same
+values, decoded once instead of once per chunk. Layers with a sliding window keep all tokens too, and the mask hides
 the older ones: simple, and exact.
 """
 
@@ -79,8 +81,8 @@ class _GrowingBuffer:
 class _History:
     """Quantized tokens of one stream, in units of `unit` tokens."""
 
-    def __init__(self, spec: QuantSpec, like: torch.Tensor) -> None:
-        """Args: like: [batch, heads, any, head_dim] gives shapes, dtype and device."""
+    def __init__(self, spec: QuantSpec, like: torch.Tensor, *, shadow: bool) -> None:
+        """Args: like: [batch, heads, any, head_dim] gives shapes, dtype and device. shadow: also keep what is stored, dequantized."""
         # One calibrated scale for all is what servers need; here every token gets its own as it arrives, which is finer.
         self.spec = spec = replace(spec, strategy="token") if spec.strategy == "tensor" else spec
         self.unit = spec.group_size if spec.strategy == "channel" and spec.group_size is not None else 1
@@ -89,6 +91,7 @@ class _History:
         # One unit of zeros, quantized, tells the shapes and dtypes of what will be stored.
         parts = self._encode(like.new_zeros((*like.shape[:2], self.unit, self.head_dim)))
         self.buffers = [_GrowingBuffer(part, _FIRST_CAPACITY // self.unit) for part in parts]
+        self.shadow = _GrowingBuffer(like, _FIRST_CAPACITY) if shadow else None
 
     @property
     def tokens(self) -> int:
@@ -96,12 +99,18 @@ class _History:
 
     def append(self, x: torch.Tensor) -> None:
         """Quantize x [batch, heads, k * unit, head_dim]."""
-        for buffer, part in zip(self.buffers, self._encode(x), strict=True):
+        parts = self._encode(x)
+        for buffer, part in zip(self.buffers, parts, strict=True):
             buffer.append(part)
+        if self.shadow is not None:
+            self.shadow.append(self._decode(parts))
 
     def dequantized(self) -> torch.Tensor:
         """[batch, heads, tokens, head_dim] in the model's dtype."""
-        packed, scale, *rest = (buffer.rows() for buffer in self.buffers)
+        return self._decode([buffer.rows() for buffer in self.buffers]) if self.shadow is None else self.shadow.rows()
+
+    def _decode(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        packed, scale, *rest = parts
         values = unpack_values(packed, self.spec, self.unit * self.head_dim)
         values = values.reshape(*values.shape[:2], -1, self.head_dim)
         zero_point = rest[0] if rest else None
@@ -112,6 +121,8 @@ class _History:
         rest = self.dequantized()[:, :, tokens - tokens % self.unit : tokens]
         for buffer in self.buffers:
             buffer.length = tokens // self.unit
+        if self.shadow is not None:
+            self.shadow.length = tokens - tokens % self.unit
         return rest
 
     def _encode(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -125,9 +136,9 @@ class _History:
 class _Stream:
     """Keys or values of one layer: the history and the window of newest tokens."""
 
-    def __init__(self, spec: QuantSpec | None, window: int, like: torch.Tensor) -> None:
+    def __init__(self, spec: QuantSpec | None, window: int, like: torch.Tensor, *, shadow: bool) -> None:
         self.window_tokens = window
-        self.history = None if spec is None else _History(spec, like)
+        self.history = None if spec is None else _History(spec, like, shadow=shadow)
         # In high precision everything is window; beside a history the window never holds more than this.
         capacity = _FIRST_CAPACITY if self.history is None else window + self.history.unit - 1
         self.window = _GrowingBuffer(like, capacity)
@@ -163,7 +174,8 @@ class _Stream:
         self.window.append(self.history.crop(tokens))
 
     def buffers(self) -> list[_GrowingBuffer]:
-        return [*(self.history.buffers if self.history else ()), self.window]
+        shadow = [self.history.shadow] if self.history and self.history.shadow else []
+        return [*(self.history.buffers if self.history else ()), *shadow, self.window]
 
     def bytes_per_token(self) -> float:
         if self.history is None:
@@ -184,10 +196,11 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, scheme: Scheme, dtype: torch.dtype) -> None:
+    def __init__(self, scheme: Scheme, dtype: torch.dtype, *, shadow: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._scheme = scheme
         self._dtype = dtype
+        self._shadow = shadow
         self._streams: tuple[_Stream, _Stream] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -200,7 +213,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                     f"KV group size {spec.group_size} does not divide the model's head_dim {states.shape[-1]}",
                     "use KV-INT8 or KV-FP8, one scale per head",
                 )
-        keys, values = (_Stream(spec, window, states.to(self._dtype)) for spec, states in pairs)
+        keys, values = (_Stream(spec, window, states.to(self._dtype), shadow=self._shadow) for spec, states in pairs)
         self._streams = (keys, values)
         self.is_initialized = True
 
@@ -270,12 +283,13 @@ class KVCache(Cache):
         config: of the model; a layer per hidden layer.
         scheme: formats of keys and values, and the window; without formats everything is kept in `dtype`.
         dtype: of the model's activations.
+        shadow: keep the quantized history dequantized, too. Reads are the same values and faster, memory is that of both.
 
     Raises:
         UnsupportedModelError: the model has layers without a KV cache (linear attention, state spaces).
     """
 
-    def __init__(self, config: PretrainedConfig, scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, config: PretrainedConfig, scheme: Scheme, dtype: torch.dtype = torch.bfloat16, *, shadow: bool = False) -> None:
         text = config.get_text_config(decoder=True)
         foreign = {
             kind for kind in getattr(text, "layer_types", None) or () if not kind.endswith("attention") or kind == "linear_attention"
@@ -286,7 +300,7 @@ class KVCache(Cache):
                 "compare a transformer model",
             )
         self.scheme = scheme
-        self._layers = [KVLayer(scheme, dtype) for _ in range(text.num_hidden_layers)]
+        self._layers = [KVLayer(scheme, dtype, shadow=shadow) for _ in range(text.num_hidden_layers)]
         super().__init__(layers=list(self._layers))
 
     def nbytes(self) -> int:

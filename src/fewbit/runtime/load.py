@@ -92,9 +92,9 @@ class LoadedModel:
         """
         return self.source.tokenizer()
 
-    def new_cache(self) -> KVCache:
-        """An empty KV cache in the scheme's format."""
-        return KVCache(self.config, self.scheme, self.dtype)
+    def new_cache(self, *, shadow: bool = False) -> KVCache:
+        """An empty KV cache in the scheme's format; see `KVCache` for `shadow`."""
+        return KVCache(self.config, self.scheme, self.dtype, shadow=shadow)
 
 
 def load_model(
