@@ -28,8 +28,8 @@ setup: $(STAMP) ## .venv with torch, fewbit (editable) and the tools for checks 
 $(STAMP): pyproject.toml $(wildcard $(LOCK)) $(NATIVE)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 15) else "fewbit needs Python 3.11 to 3.14, $(PYTHON) is %d.%d; set PYTHON=..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
-	$(BIN)/python -m pip install $(if $(LOCK),--constraint $(LOCK)) '$(TORCH)' --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK)) '$(TORCH)' --editable '.[dev]'
 	touch $@
 
 compare: setup ## the bundled model, and Qwen2.5-1.5B shapes for speed; results in results/compare
