@@ -37,7 +37,7 @@ class DigitLinear final : public Linear {
     DigitLinear(const DigitWeight &weight, DigitMultiply multiply) : Linear(weight.out, weight.in), weight_(weight), multiply_(multiply) {}
 
     InputFormat input_format(std::size_t) const override { return {InputKind::int24_groups, weight_.block}; }
-    std::size_t tile() const override { return kTile; }
+    std::size_t tile() const override { return 2 * kTile; } // two tiles share the broadcasts of their inputs
 
     std::size_t bytes() const override {
         const std::size_t tiles = (out_features + kTile - 1) / kTile;
