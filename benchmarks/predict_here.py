@@ -1,11 +1,15 @@
 """Predictions for this machine against this machine: one BF16 point at batch 1 predicts INT8 and INT4 over batches and contexts.
 
-For each model `fewbit bench --machine`'s figures and the BF16 decode time at batch 1 and the shortest context calibrate. Then decode of
+Two things are known to the predictions: what `fewbit bench --machine` measured (rates of the kernels and of attention, from weights and
+caches made for the purpose, none of them a model's), and the BF16 decode time at batch 1 and the shortest context. From these, decode of
 BF16, INT8 (W8A16) and INT4 (W4A16) is predicted on the grid batch x context, and measured: the three are resident together and take steps
-in turns, so that a change of the machine's bandwidth hits all of them. Random weights in the published shapes; a slice of the layers runs
-and each step is scaled to the whole stack (`bench.scaling`).
+in turns, and the BF16 step at batch 1 takes its turn beside them, because the memory bandwidth of a virtual machine drifts by tens of
+percent within an hour. Random weights in the published shapes; a slice of the layers runs, scaled to the whole stack (`bench.scaling`).
 
-    python benchmarks/predict_here.py [--batches 1,2,4,8,16,32] [--contexts 128,1024,4096] [--compute exact] [--json FILE]
+    python benchmarks/predict_here.py                                  # everything: the machine, then each model and batch; an hour or two
+    python benchmarks/predict_here.py --pieces                         # names of the pieces
+    python benchmarks/predict_here.py --measure qwen2.5-0.5b/exact/8   # one piece, under two minutes, kept in --results
+    python benchmarks/predict_here.py --kept                           # tables and bars from what is kept
 
 Bars: the median error over INT8 and INT4, and the number of pairs of variants that differ by more than 10 % and were ranked wrongly.
 """
@@ -13,20 +17,28 @@ Bars: the median error over INT8 and INT4, and the number of pairs of variants t
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import combinations
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from _bars import Bar, NotMeasuredError, add_arguments, run_bars
+from pydantic import TypeAdapter
 
-from fewbit.bench.machine import measure_machine
+from fewbit import __version__
+from fewbit.bench.machine import measure_read_bandwidth
 from fewbit.bench.scaling import LayerScale
+from fewbit.bench.undisturbed import Passes
 from fewbit.checkpoints.sources import RandomSource
 from fewbit.formats.spec import get_scheme
 from fewbit.models.inventory_sources import read_inventory
@@ -35,14 +47,21 @@ from fewbit.predict.hardware import measured_hardware
 from fewbit.predict.outline import outline_of
 from fewbit.predict.prediction import MeasuredPoint, StepPoint
 from fewbit.predict.predictor import Predictor
+from fewbit.results import MachineResult
 from fewbit.runtime.config import QuantizationConfig, compute_mode
+from fewbit.runtime.engine import EngineCache
 from fewbit.runtime.load import load_model
 from fewbit.runtime.runner import EngineRunner, make_runner
+from fewbit.workflows.bench import bench_machine
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b")
 SCHEMES = ("BF16", "W8A16", "W4A16")
+MACHINE = "machine"
+_RESULTS = Path(__file__).parent / "results" / "predict_here.json"
 _DIFFERENT = 1.1
 _SETTLING = 2
+_LEAST_STEPS = 5
+_SECONDS_PER_PLACE = 12.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,7 @@ class Step:
     """One measured step of the grid with its prediction, milliseconds of the whole model."""
 
     model: str
+    compute: str
     point: StepPoint
     measured: float
     predicted: float
@@ -62,11 +82,11 @@ class Step:
 
 
 class Variant:
-    """One scheme of a slice, resident, with a cache that grows along the contexts."""
+    """One scheme of a slice, resident. Random weights; the cache is filled with anything, since no step's time depends on it."""
 
-    def __init__(self, model: str, scheme: str, layers: int, compute: str, seed: int) -> None:
+    def __init__(self, model: str, scheme: str, layers: int, compute: str) -> None:
         config = shapes_config(model)
-        source = RandomSource(config, seed=seed, num_layers=layers)
+        source = RandomSource(config, seed=0, num_layers=layers)
         runner = make_runner(load_model(source, QuantizationConfig(get_scheme(scheme), compute=compute_mode(compute))), "auto")
         if not isinstance(runner, EngineRunner):
             raise NotMeasuredError(f"{scheme} does not run in the engine: {runner.reason}")
@@ -74,105 +94,198 @@ class Variant:
         self.scale = LayerScale(layers, int(config.num_hidden_layers))
         self.vocabulary = int(config.vocab_size)
 
-    def start(self, batch: int, capacity: int) -> None:
-        self.cache = self.runner.new_cache(capacity, batch)
-        self.batch = batch
+    def step(self, kv: EngineCache) -> float:
+        """Milliseconds of one step of all of the cache's sequences, scaled; the cache is as before."""
+        tokens = torch.randint(0, self.vocabulary, (kv.sequences, 1))
+        start = time.perf_counter()
+        self.runner.decode(tokens, kv)
+        whole = (time.perf_counter() - start) * 1e3
+        kv.crop(-1)
+        return self.scale.scale(whole, self.runner.engine.times.layers)
 
-    def fill(self, tokens: int) -> None:
-        """Every sequence has so many tokens; without products, whose results no time depends on."""
-        have = self.cache.get_seq_length()
-        if have > tokens:
-            self.cache.crop(tokens - have)
-        elif have < tokens:
-            with self.runner.emptied():
-                self.runner.prefill(torch.randint(0, self.vocabulary, (self.batch, tokens - have)), self.cache)
+
+class Anchor:
+    """The BF16 step at batch 1 that the predictions know, in an engine of its own over the same weights."""
+
+    def __init__(self, base: Variant, context: int) -> None:
+        self._base = base
+        self._runner = EngineRunner(base.runner.loaded)
+        self._cache = self._runner.new_cache(context + 1, 1)
+        self._cache.fill_for_timing(context)
+        self.times = Passes()
 
     def step(self) -> float:
-        """Milliseconds of one step, scaled."""
-        tokens = torch.randint(0, self.vocabulary, (self.batch, 1))
+        token = torch.randint(0, self._base.vocabulary, (1, 1))
         start = time.perf_counter()
-        self.runner.decode(tokens, self.cache)
-        return self.scale.scale((time.perf_counter() - start) * 1e3, self.runner.engine.times.layers)
+        self._runner.decode(token, self._cache)
+        whole = (time.perf_counter() - start) * 1e3
+        self._cache.crop(-1)
+        return self._base.scale.scale(whole, self._runner.engine.times.layers)
 
 
-def measure_grid(model: str, batches: Sequence[int], contexts: Sequence[int], options: argparse.Namespace) -> dict[StepPoint, float]:
-    """Medians of interleaved steps."""
-    variants = {scheme: Variant(model, scheme, options.layers, options.compute, seed=0) for scheme in SCHEMES}
-    found: dict[StepPoint, float] = {}
-    for batch in batches:
-        for variant in variants.values():
-            variant.start(batch, max(contexts) + options.steps + _SETTLING + 2)
-        for context in sorted(contexts):
-            times: dict[str, list[float]] = {scheme: [] for scheme in SCHEMES}
+@torch.inference_mode()
+def measure_piece(model: str, compute: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Medians of interleaved steps at one batch, every context and scheme, and of the anchor beside them."""
+    contexts = sorted(options.contexts, reverse=True)
+    variants = {scheme: Variant(model, scheme, options.layers, compute) for scheme in SCHEMES}
+    anchor = Anchor(variants["BF16"], contexts[-1])
+    for _ in range(_SETTLING):
+        anchor.step()
+    kv = variants["BF16"].runner.new_cache(contexts[0] + 1, batch)
+    kv.fill_for_timing(contexts[0])
+    before = measure_read_bandwidth(passes=2)[0]
+    steps: dict[str, dict[str, float]] = {}
+    kept: dict[str, dict[str, list[int]]] = {}
+    for context in contexts:
+        kv.crop(context - kv.get_seq_length())
+        times = {scheme: Passes() for scheme in SCHEMES}
+        for _ in range(_SETTLING):
             for variant in variants.values():
-                variant.fill(context)
-            for _ in range(_SETTLING + options.steps):
-                for scheme, variant in variants.items():
-                    times[scheme].append(variant.step())
-            for scheme, series in times.items():
-                ms = found[StepPoint(scheme=scheme, batch=batch, context=context)] = median(series[_SETTLING:])
-                print(f"{model} {scheme:6s} batch {batch:3d} context {context:5d}  {ms:9.2f} ms", flush=True)
-    return found
+                variant.step(kv)
+        started = time.perf_counter()
+        while (done := len(times["BF16"])) < _LEAST_STEPS or (done < options.steps and time.perf_counter() - started < _SECONDS_PER_PLACE):
+            anchor.times.run(anchor.step)
+            for scheme, variant in variants.items():
+                times[scheme].run(partial(variant.step, kv))
+        steps[str(context)] = {scheme: passes.median() for scheme, passes in times.items()}
+        kept[str(context)] = {scheme: [len(passes.undisturbed()), len(passes)] for scheme, passes in times.items()}
+        print(f"{model} {compute} batch {batch} context {context}: {steps[str(context)]}", flush=True)
+    bandwidth = (before + measure_read_bandwidth(passes=2)[0]) / 2
+    return {
+        "anchor_context": contexts[-1], "anchor_ms": anchor.times.median(), "read_bandwidth_gb_s": bandwidth, "steps": steps,
+        "counted_of_passes": kept, "layers": options.layers,
+    }  # fmt: skip
 
 
-def predict_grid(model: str, measured: dict[StepPoint, float]) -> list[Step]:
-    """Every step of the grid from the first BF16 one."""
+class Kept:
+    """What was measured, in a file; each piece with when and on what."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.pieces: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def keep(self, name: str, piece: dict[str, Any]) -> None:
+        about = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "platform": platform.platform()}
+        about |= {"fewbit": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        self.pieces[name] = {**about, **piece}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self.pieces, indent=1) + "\n", encoding="utf-8")
+
+
+def piece_names(options: argparse.Namespace) -> list[str]:
+    """The machine first, then model/compute/batch."""
+    grid = [f"{model}/{compute}/{batch}" for compute in options.computes for model in options.models for batch in options.batches]
+    return [MACHINE, *grid]
+
+
+def measure(name: str, options: argparse.Namespace, kept: Kept) -> None:
+    """Measure one piece and keep it."""
+    if name == MACHINE:
+        kept.keep(name, {"result": asdict(bench_machine())})
+        return
+    model, compute, batch = name.split("/")
+    kept.keep(name, measure_piece(model, compute, int(batch), options))
+
+
+def predict_piece(name: str, piece: dict[str, Any], machine: MachineResult) -> list[Step]:
+    """Every step of a piece from its BF16 step at batch 1."""
+    model, compute, batch = name.split("/")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    hardware = measured_hardware(measure_machine(), memory)
-    base = min((point for point in measured if point.scheme == "BF16"), key=lambda point: (point.batch, point.context))
-    predictor = Predictor(hardware, outline_of(read_inventory(model)), [MeasuredPoint(base, measured[base])])
+    anchor = MeasuredPoint(StepPoint(context=piece["anchor_context"]), piece["anchor_ms"])
+    hardware = measured_hardware(machine, memory, compute=compute)
+    predictor = Predictor(hardware, outline_of(read_inventory(model)), [anchor])
     steps = []
-    for point, ms in measured.items():
-        interval = predictor.predict(point).milliseconds
-        steps.append(Step(model, point, ms, interval.value, interval.low <= ms <= interval.high))
+    for context, times in piece["steps"].items():
+        for scheme, ms in times.items():
+            point = StepPoint(scheme=scheme, batch=int(batch), context=int(context))
+            interval = predictor.predict(point).milliseconds
+            steps.append(Step(model, compute, point, ms, interval.value, interval.low <= ms <= interval.high))
     return steps
 
 
 def wrong_rankings(steps: Sequence[Step]) -> int:
     """Pairs at one point of the grid that differ by more than a tenth and that the predictions order the other way, or not at all."""
-    places: dict[tuple[str, int, int], list[Step]] = {}
+    places: dict[tuple[str, str, int, int], list[Step]] = {}
     for step in steps:
-        places.setdefault((step.model, step.point.batch, step.point.context), []).append(step)
+        places.setdefault((step.model, step.compute, step.point.batch, step.point.context), []).append(step)
     pairs = [pair for here in places.values() for pair in combinations(here, 2)]
     apart = [(a, b) for a, b in pairs if max(a.measured, b.measured) > _DIFFERENT * min(a.measured, b.measured)]
     return sum((a.measured - b.measured) * (a.predicted - b.predicted) <= 0 for a, b in apart)
 
 
+def print_table(steps: Sequence[Step]) -> None:
+    """Every step with its error."""
+    for step in steps:
+        p = step.point
+        print(
+            f"{step.model} {step.compute:16s} {p.scheme:6s} batch {p.batch:3d} context {p.context:5d}  measured {step.measured:9.2f}  "
+            f"predicted {step.predicted:9.2f} ms  {100 * (step.predicted / step.measured - 1):+6.1f} %{'' if step.inside else '  outside'}"
+        )
+
+
+def _bars(options: argparse.Namespace, kept: Kept) -> list[Bar]:
+    @cache
+    def grid() -> list[Step]:
+        missing = [name for name in piece_names(options) if name not in kept.pieces]
+        if options.kept and missing:
+            raise NotMeasuredError(f"not measured yet: {', '.join(missing)}")
+        for name in missing:
+            measure(name, options, kept)
+        machine = TypeAdapter(MachineResult).validate_python(kept.pieces[MACHINE]["result"])
+        steps = [step for name in piece_names(options)[1:] for step in predict_piece(name, kept.pieces[name], machine)]
+        print_table(steps)
+        inside = sum(step.inside for step in steps) / len(steps)
+        print(f"{inside:.0%} of {len(steps)} times lie in their 90 % intervals")
+        return steps
+
+    def quantized(compute: str) -> list[Step]:
+        return [step for step in grid() if step.compute == compute and step.point.scheme != "BF16"]
+
+    def error(compute: str) -> float:
+        return median(step.error for step in quantized(compute))
+
+    def wrong(compute: str) -> float:
+        return float(wrong_rankings([step for step in grid() if step.compute == compute]))
+
+    bars = []
+    for compute in options.computes:
+        suffix = "" if compute == "exact" else f"-{compute}"
+        what = "percent of the decode time, INT8 and INT4 over the grid"
+        bars.append(Bar(f"here-median-error{suffix}", partial(error, compute), "<=", 8.0, what))
+        bars.append(Bar(f"here-wrong-rankings{suffix}", partial(wrong, compute), "<=", 0.0, "pairs of variants more than 10 % apart"))
+    return bars
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--models", default=",".join(MODELS), metavar="NAMES")
-    parser.add_argument("--batches", default="1,2,4,8,16,32", metavar="N,N")
-    parser.add_argument("--contexts", default="128,1024,4096", metavar="N,N")
-    parser.add_argument(
-        "--layers", type=int, default=8, metavar="N", help="layers of the slice; its INT4 weights must not fit in the cache"
-    )
-    parser.add_argument("--steps", type=int, default=9, metavar="N", help="counted steps per variant and place")
-    parser.add_argument("--compute", default="exact", metavar="MODE", help="exact or int8-activations")
+    parser.add_argument("--models", type=_words, default=list(MODELS), metavar="NAMES")
+    parser.add_argument("--batches", type=_numbers, default=[1, 2, 4, 8, 16, 32], metavar="N,N")
+    parser.add_argument("--contexts", type=_numbers, default=[128, 1024, 4096], metavar="N,N")
+    parser.add_argument("--computes", type=_words, default=["exact", "int8-activations"], metavar="MODES")
+    parser.add_argument("--layers", type=int, default=6, metavar="N", help="layers of the slice")
+    parser.add_argument("--steps", type=int, default=15, metavar="N", help="counted steps per variant and place, fewer where they are long")
+    parser.add_argument("--results", type=Path, default=_RESULTS, metavar="FILE", help="where pieces are kept")
+    parser.add_argument("--pieces", action="store_true", help="only print the names of the pieces")
+    parser.add_argument("--measure", metavar="PIECE", help="measure this piece, again if it is kept already, and nothing else")
+    parser.add_argument("--kept", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    batches, contexts = ([int(word) for word in text.split(",")] for text in (options.batches, options.contexts))
-
-    @cache
-    def grid() -> list[Step]:
-        steps = []
-        for model in options.models.split(","):
-            steps += predict_grid(model, measure_grid(model, batches, contexts, options))
-        for step in steps:
-            p = step.point
-            print(
-                f"{step.model} {p.scheme:6s} batch {p.batch:3d} context {p.context:5d}  measured {step.measured:9.2f}  predicted "
-                f"{step.predicted:9.2f} ms  error {step.error:5.1f} %{'' if step.inside else '  outside'}"
-            )
-        return steps
-
-    def error(scheme: str | None) -> float:
-        return median(s.error for s in grid() if s.point.scheme == scheme or (scheme is None and s.point.scheme != "BF16"))
-
-    bars = [
-        Bar("here-median-error", partial(error, None), "<=", 8.0, "percent of the decode time, INT8 and INT4 over the grid"),
-        Bar("here-wrong-rankings", lambda: float(wrong_rankings(grid())), "<=", 0.0, "pairs of variants more than 10 % apart"),
-    ]
-    return run_bars(bars, list_only=options.list, json_file=options.json)
+    kept = Kept(options.results)
+    if options.pieces:
+        print("\n".join(piece_names(options)))
+        return 0
+    if options.measure:
+        measure(options.measure, options, kept)
+        return 0
+    return run_bars(_bars(options, kept), list_only=options.list, json_file=options.json)
 
 
 if __name__ == "__main__":

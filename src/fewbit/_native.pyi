@@ -268,6 +268,13 @@ class EngineCache:
     ) -> None: ...
     def length(self, sequence: int) -> int: ...
     def crop(self, sequence: int, length: int) -> None: ...
+    def fill(self, sequence: int, length: int) -> None:
+        """For timings: the sequence has `length` tokens of arbitrary finite values.
+
+        Raises:
+            ValueError: no such sequence, or no room for the tokens.
+        """
+
     @property
     def capacity(self) -> int: ...
     @property

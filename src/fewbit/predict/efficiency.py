@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fewbit.predict.hardware import Kind
+from fewbit.predict.hardware import Hardware, Kind
 
-__all__ = ["FACTORS", "Factors", "Prior", "byte_ratio_errors", "known_runtimes", "prior_of"]
+__all__ = ["FACTORS", "Factors", "Prior", "byte_ratio_errors", "known_runtimes", "prior_of", "prior_of_device"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Factors:
 
 
 _BYTE_RATIO = "byte_ratio"
+_MEASURED = "measured"  # the prior of a device whose kernels' rates were measured
+_LEAST_OPERATOR_US = 0.01
 FACTORS: tuple[str, ...] = tuple(f.name for f in fields(Factors))
 
 
@@ -104,6 +106,14 @@ _PRIORS = _read()
 def prior_of(kind: Kind | Literal["unknown"], runtime: str | None = None) -> Prior:
     """The prior of a class of device, of one runtime where enough devices ran it; the widest of all for one that nothing is known of."""
     return _PRIORS.get(f"{kind}@{runtime}", _PRIORS.get(kind, _PRIORS["default"]))
+
+
+def prior_of_device(hardware: Hardware, runtime: str | None = None) -> Prior:
+    """The prior of a device: where its kernels' rates were measured, that the measurement holds; else its class's (`prior_of`)."""
+    if hardware.rates is None:
+        return prior_of(hardware.kind, runtime)
+    prior = _PRIORS[_MEASURED]
+    return replace(prior, factors=replace(prior.factors, operator_us=max(hardware.rates.operator_us, _LEAST_OPERATOR_US)))
 
 
 def known_runtimes() -> tuple[str, ...]:

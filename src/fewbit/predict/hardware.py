@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fewbit.errors import UsageError
+from fewbit.predict.rates import Rates
 from fewbit.results import MachineResult
 
 __all__ = ["HARDWARE", "ComputeFormat", "Hardware", "Kind", "get_hardware", "measured_hardware", "read_hardware"]
@@ -55,6 +56,7 @@ class Hardware:
         capability: CUDA compute capability; None for others.
         measured: bandwidth and rates were measured on the machine, not read in a data sheet.
         null_op_us: microseconds of a smallest operator where it was measured.
+        rates: of the kernels that run, where they were measured; then they count, and not the peaks.
         sources, note: where the figures come from and what was derived.
         aliases: other names.
     """
@@ -69,6 +71,7 @@ class Hardware:
     capability: float | None = None
     measured: bool = False
     null_op_us: float | None = None
+    rates: Rates | None = None
     sources: tuple[str, ...] = ()
     note: str = ""
     aliases: tuple[str, ...] = field(default=())
@@ -178,24 +181,34 @@ def get_hardware(name: str, *, bandwidth_gb_s: float | None = None, file: Path |
     return replace(device, bandwidth_gb_s=bandwidth_gb_s)
 
 
-def measured_hardware(machine: MachineResult, memory_bytes: int, label: str = "this machine") -> Hardware:
+def measured_hardware(machine: MachineResult, memory_bytes: int, label: str = "this machine", compute: str = "exact") -> Hardware:
     """The machine that `fewbit bench --machine` measured, as a device.
 
     Args:
-        machine: the measurement.
+        machine: the measurement. With rates of kernels, peaks are the best that any of them reached.
         memory_bytes: its capacity.
         label: its processor.
+        compute: which kernels run, `exact` ones or those with `int8-activations`.
     """
-    rates = {"bf16": machine.gemm_gflop_s / 1e3}
+    peaks = {"bf16": machine.gemm_gflop_s / 1e3}
+    rates = None if machine.rates is None else Rates(machine.rates, compute)
+    bandwidth = machine.read_bandwidth_gb_s
+    if rates is not None:
+        bandwidth = rates.measured.read_bandwidth_gb_s
+        for name, scheme in (("bf16", "BF16"), ("int8", "W8A8")):
+            rate = rates.kernel(scheme)
+            if rate is not None and rate.scheme == scheme:
+                peaks[name] = max(peaks.get(name, 0.0), rates.peak_tera(rate))
     return Hardware(
         name="this-machine",
         label=label,
         kind="cpu",
         memory_bytes=memory_bytes,
-        bandwidth_gb_s=machine.read_bandwidth_gb_s,
-        dense_tflop_s=rates,
-        vector_tflop_s=rates["bf16"],
+        bandwidth_gb_s=bandwidth,
+        dense_tflop_s=peaks,
+        vector_tflop_s=peaks["bf16"],
         measured=True,
         null_op_us=machine.time_per_null_op_us,
+        rates=rates,
         sources=(f"fewbit bench --machine: {machine.bandwidth_method}",),
     )

@@ -102,17 +102,17 @@ class Outline:
         """Multiplications and additions of scores and sums: `new` tokens of one sequence that see themselves and `before` older ones."""
         total = 0.0
         for kv in self.inventory.kv:
-            seen = _seen(new, before, kv.window)
+            seen = self.seen(new, before, kv.window)
             total += 4.0 * kv.layers * self.heads * kv.head_dim * seen
         return total
 
-
-def _seen(new: int, before: int, window: int | None) -> float:
-    """Sum over the new tokens of the tokens that each sees."""
-    if window is None or before + new <= window:
-        return new * before + new * (new + 1) / 2
-    growing = max(0, min(new, window - before))  # tokens that do not fill the window yet
-    return growing * before + growing * (growing + 1) / 2 + (new - growing) * window
+    @staticmethod
+    def seen(new: int, before: int, window: int | None) -> float:
+        """Sum over the new tokens of the tokens that each sees."""
+        if window is None or before + new <= window:
+            return new * before + new * (new + 1) / 2
+        growing = max(0, min(new, window - before))  # tokens that do not fill the window yet
+        return growing * before + growing * (growing + 1) / 2 + (new - growing) * window
 
 
 def outline_of(inventory: Inventory, depth: int | None = None) -> Outline:

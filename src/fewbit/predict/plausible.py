@@ -7,7 +7,7 @@ answer says so. A time far above the floor is possible (a framework without fuse
 from __future__ import annotations
 
 from fewbit.formats.spec import get_scheme
-from fewbit.predict.efficiency import prior_of
+from fewbit.predict.efficiency import prior_of_device
 from fewbit.predict.hardware import Hardware
 from fewbit.predict.outline import Outline
 from fewbit.predict.prediction import MeasuredPoint, MeasuredStep
@@ -29,13 +29,13 @@ def examine(hardware: Hardware, outline: Outline, measured: MeasuredPoint) -> Me
     point = measured.point
     path = choose_path(get_scheme(point.scheme), hardware, point.path)
     work = step_work(outline, point, path, weight_bytes=measured.weight_bytes)
-    time = step_time(work, hardware, prior_of(hardware.kind).factors)
+    time = step_time(work, hardware, prior_of_device(hardware).factors)
     moved = sum(one.weight_bytes + one.cache_bytes for one in work)
     operations = sum(one.operations for one in work)
     seconds = measured.milliseconds / 1e3
     gb_s, tflop_s = moved / seconds / 1e9, operations / seconds / 1e12
     peak = hardware.dense_tflop_s.get(next((one.number_format for one in work if one.weight_bytes), "bf16"), hardware.dense_tflop_s["bf16"])
-    launches = sum(one.operators for one in work) * prior_of(hardware.kind).factors.operator_us / 1e3
+    launches = sum(one.operators for one in work) * prior_of_device(hardware).factors.operator_us / 1e3
     bound: Bound = "bandwidth" if gb_s / hardware.bandwidth_gb_s >= tflop_s / peak else "compute"
     if launches > 0.5 * measured.milliseconds:
         bound = "overhead"

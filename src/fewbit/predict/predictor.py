@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fewbit.formats.spec import get_scheme
 from fewbit.predict.calibration import Z90, LogTime, Posterior, calibrate, gradient_of
-from fewbit.predict.efficiency import Factors, Prior, prior_of
+from fewbit.predict.efficiency import Factors, Prior, prior_of_device
 from fewbit.predict.hardware import Hardware
 from fewbit.predict.outline import Outline
 from fewbit.predict.prediction import Comparison, Estimate, MeasuredPoint, Prediction, StepPoint, Suggestion, step_name
@@ -51,7 +51,7 @@ class Predictor:
         outlines: Sequence[Outline] | None = None,
         prior: Prior | None = None,
     ) -> None:
-        self._prior = prior or prior_of(hardware.kind)
+        self._prior = prior or prior_of_device(hardware)
         self.hardware = hardware
         self.outline = outline
         self.measured = tuple(measured)

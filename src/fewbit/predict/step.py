@@ -16,11 +16,15 @@ batch x prompt rows, so the first is limited by bytes and the second by operatio
     unfused   the packed bytes are read, a 16-bit copy is written and read again, before a dense product: slower than BF16, always
     native    the packed bytes, the low-precision peak times `native`, and a pass over the activations that quantizes them
 
+A machine whose kernels were measured (`Hardware.rates`) has their times per weight and per cached token in place of bytes over bandwidth
+and operations over peaks (`predict.rates`); the sum over operators is the same.
+
 (Roofline: Williams, Waterman, Patterson, CACM 52(4), 2009. The constant term: what remains of a step when its bytes are gone.)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fewbit.errors import UsageError
@@ -42,6 +46,22 @@ _ROUTED_FORMATS = {"fp4_e2m1": "fp4", "fp8_e4m3": "fp8", "int8": "int8", "int4":
 
 
 @dataclass(frozen=True)
+class Attended:
+    """What one kind of attention layer looks at.
+
+    Attributes:
+        phase, cache: as in `StepPoint`. head_dim: of keys. group: query heads that share a key head.
+        units: cached tokens (prefill: pairs of a new token and one that it sees) times key heads times layers.
+    """
+
+    phase: str
+    cache: str
+    head_dim: int
+    group: float
+    units: float
+
+
+@dataclass(frozen=True)
 class Work:
     """What one kind of operator of a step moves and computes.
 
@@ -52,6 +72,8 @@ class Work:
         operations: multiplications and additions. bits: of a stored weight, which says how fast it is read.
         number_format: in which it is multiplied. unpacked: weights that are dequantized inside the product, each as often as it is.
         operators: launches.
+        weights: that are read. kernel: the scheme whose kernel multiplies them; empty for what is no product with weights.
+        attended: of attention.
     """
 
     name: str
@@ -64,6 +86,9 @@ class Work:
     number_format: str = "bf16"
     unpacked: float = 0.0
     operators: int = 0
+    weights: float = 0.0
+    kernel: str = ""
+    attended: tuple[Attended, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +180,7 @@ def step_work(outline: Outline, point: StepPoint, path: KernelPath, *, weight_by
 
 
 def _scaled(work: Work, scale: float) -> Work:
-    values = {**work.__dict__, "weight_bytes": work.weight_bytes * scale, "bits": work.bits * scale}
+    values = {**work.__dict__, "weight_bytes": work.weight_bytes * scale, "bits": work.bits * scale, "weights": work.weights * scale}
     return Work(**values)
 
 
@@ -182,6 +207,8 @@ def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: i
         number_format=compute_format(scheme) if path == "native" else "bf16",
         unpacked=group.weights * read * -(-tokens // UNPACK_ROWS) if path == "fused" and tokens > GEMV_ROWS else 0.0,
         operators=group.launches * (2 if path == "unfused" else 1),
+        weights=group.weights * read,
+        kernel=scheme.name if path in ("fused", "native") else "BF16",
     )
 
 
@@ -207,39 +234,103 @@ def _attention_work(outline: Outline, point: StepPoint) -> list[Work]:
     new, before = (point.context, 0) if point.phase == "prefill" else (1, point.context)
     operations = point.batch * outline.attention_operations(new, before)
     cached = point.batch * outline.cached_bytes(before + new, scheme)
-    return [Work("attention", cache_bytes=cached, operations=operations, operators=outline.depth)]
+    attended = tuple(
+        Attended(
+            phase=point.phase,
+            cache=point.kv.upper(),
+            head_dim=kv.head_dim,
+            group=outline.heads / kv.heads,
+            units=float(point.batch * kv.layers * kv.heads) * outline.seen(new, before, kv.window),
+        )
+        for kv in outline.inventory.kv
+    )
+    return [Work("attention", cache_bytes=cached, operations=operations, operators=outline.depth, attended=attended)]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Milliseconds of one kind of operator: memory and compute overlap as `busy` says, the rest comes on top; `floor` is what no software
+    goes below."""
+
+    moving: float
+    computing: float
+    busy: float
+    copying: float
+    launching: float
+    floor: float
+    text: str
 
 
 def step_time(work: list[Work], hardware: Hardware, factors: Factors) -> StepTime:
     """Time of a step on a device with these factors."""
-    bandwidth = hardware.bandwidth_gb_s * 1e6  # bytes per millisecond
     terms: list[Term] = []
     shares: dict[Bound, float] = {"bandwidth": 0.0, "compute": 0.0, "overhead": 0.0}
     floor = 0.0
     for one in work:
-        peak = hardware.dense_tflop_s.get(one.number_format, hardware.dense_tflop_s["bf16"]) * 1e9  # operations per millisecond
-        read = factors.memory * _read_speed(one.bits, factors)
-        compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0)
-        moving = (
-            one.weight_bytes / (read * bandwidth)
-            + one.activation_bytes / (factors.memory * bandwidth)
-            + one.cache_bytes / (factors.cache * bandwidth)
-        )
-        computing = one.operations / (compute * peak) + one.unpacked * UNPACK_OPERATIONS / (factors.unpack * hardware.vector_tflop_s * 1e9)
-        copying = one.copy_bytes / (factors.copy * bandwidth)
-        launching = one.operators * factors.operator_us / 1e3
-        shares["compute" if computing > moving else "bandwidth"] += max(moving, computing)
-        shares["bandwidth"] += copying
-        shares["overhead"] += launching
+        parts = _by_rates(one, hardware, factors) or _by_sheet(one, hardware, factors)
+        shares["compute" if parts.computing > parts.moving else "bandwidth"] += parts.busy
+        shares["bandwidth"] += parts.copying
+        shares["overhead"] += parts.launching
+        floor += parts.floor
         everything = one.weight_bytes + one.activation_bytes + one.cache_bytes + one.copy_bytes
-        floor += max((one.weight_bytes + one.cache_bytes) / bandwidth, one.operations / peak)
-        text = (
-            f"max({moving:.4g} ms memory, {computing:.4g} ms compute) + {copying:.4g} ms passes"
-            f" + {one.operators} x {factors.operator_us:.3g} us"
-        )
-        terms.append(Term(one.name, max(moving, computing) + copying + launching, everything, one.operations, one.operators, text))
+        milliseconds = parts.busy + parts.copying + parts.launching
+        terms.append(Term(one.name, milliseconds, everything, one.operations, one.operators, parts.text))
     total = sum(term.milliseconds for term in terms)
     return StepTime(total, tuple(terms), max(shares, key=shares.__getitem__), floor)
+
+
+def _by_sheet(one: Work, hardware: Hardware, factors: Factors) -> _Parts:
+    """Bytes over the bandwidth, operations over the peak."""
+    bandwidth = hardware.bandwidth_gb_s * 1e6  # bytes per millisecond
+    peak = hardware.dense_tflop_s.get(one.number_format, hardware.dense_tflop_s["bf16"]) * 1e9  # operations per millisecond
+    read = factors.memory * _read_speed(one.bits, factors)
+    compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0)
+    moving = (
+        one.weight_bytes / (read * bandwidth)
+        + one.activation_bytes / (factors.memory * bandwidth)
+        + one.cache_bytes / (factors.cache * bandwidth)
+    )
+    computing = one.operations / (compute * peak) + one.unpacked * UNPACK_OPERATIONS / (factors.unpack * hardware.vector_tflop_s * 1e9)
+    copying = one.copy_bytes / (factors.copy * bandwidth)
+    text = f"max({moving:.4g} ms memory, {computing:.4g} ms compute) + {copying:.4g} ms passes{_launches(one, factors)}"
+    floor = max((one.weight_bytes + one.cache_bytes) / bandwidth, one.operations / peak)
+    return _Parts(moving, computing, max(moving, computing), copying, one.operators * factors.operator_us / 1e3, floor, text)
+
+
+def _by_rates(one: Work, hardware: Hardware, factors: Factors) -> _Parts | None:
+    """What was measured of the very kernels; None where nothing was."""
+    rates = hardware.rates
+    if rates is None:
+        return None
+    bandwidth = hardware.bandwidth_gb_s * 1e6
+    launching = one.operators * factors.operator_us / 1e3
+    if one.attended:
+        known = [(a, rates.attention_ns(a.phase, a.cache, a.head_dim, a.group)) for a in one.attended]
+        busy = sum(a.units * ns for a, ns in known if ns is not None) / 1e6 / factors.cache
+        moving, floor = one.cache_bytes / bandwidth, one.cache_bytes / bandwidth
+        computing = busy if busy > 2 * moving else 0.0  # which of the two it is bound by: reading at less than half of the bandwidth is not
+        text = (
+            f"{sum(a.units for a in one.attended):.4g} tokens x key heads in {busy:.4g} ms + {one.operators} x {factors.operator_us:.3g} us"
+        )
+        return None if any(ns is None for _, ns in known) else _Parts(moving, computing, busy, 0.0, launching, floor, text)
+    rate = rates.kernel(one.kernel) if one.kernel else None
+    if rate is None:
+        return None
+    per_pass = rates.split(rate, one.operations / (2 * one.weights))
+    speed = _read_speed(one.bits, factors)
+    compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0)
+    moving, computing = (one.weights * ps / 1e9 / speed / factor for ps, factor in zip(per_pass, (factors.memory, compute), strict=True))
+    between = one.activation_bytes / _ACTIVATION_BYTES * rates.ns_per_activation / 1e6
+    copying = one.copy_bytes / (factors.copy * bandwidth)
+    busy = math.hypot(moving, computing)
+    text = f"hypot({moving:.4g} ms memory, {computing:.4g} ms compute) of {rate.kernel} + {between + copying:.4g} ms passes"
+    text += _launches(one, factors)
+    floor = max(one.weight_bytes / bandwidth, one.operations / (rates.peak_tera(rate) * 1e9))
+    return _Parts(moving, computing, busy, between + copying, launching, floor, text)
+
+
+def _launches(one: Work, factors: Factors) -> str:
+    return f" + {one.operators} x {factors.operator_us:.3g} us"
 
 
 def _read_speed(bits: float, factors: Factors) -> float:

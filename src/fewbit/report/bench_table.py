@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewbit.report.numbers import Kind, format_figure
-from fewbit.results import BenchResults, LatencyResult, MachineResult, MemoryResult, VariantResult
+from fewbit.results import BenchResults, EngineRates, LatencyResult, MachineResult, MemoryResult, VariantResult
 
 __all__ = ["render_bench", "render_machine"]
 
@@ -51,6 +51,33 @@ def render_machine(machine: MachineResult, console: Console) -> None:
     table.add_row("read bandwidth, GB/s", format_figure(machine.read_bandwidth_gb_s, "gb_s"), machine.bandwidth_method)
     table.add_row("GEMM, GFLOP/s", format_figure(machine.gemm_gflop_s, "gb_s"), machine.gemm_dtype)
     table.add_row("time per operator, us", format_figure(machine.time_per_null_op_us, "ms"), "smallest tensor operation")
+    console.print(table)
+    if machine.rates is not None:
+        _render_rates(machine.rates, console)
+
+
+def _render_rates(rates: EngineRates, console: Console) -> None:
+    """Of the kernels, by tokens; of attention, by head dimension and query heads per key head."""
+    tokens = rates.kernels[0].tokens if rates.kernels else []
+    caption = f"weights from memory at {rates.read_bandwidth_gb_s:.3g} GB/s, {rates.threads} threads; BF16 read at full speed: "
+    caption += f"{16 / 8 * 1e3 / rates.read_bandwidth_gb_s:.3g}"
+    table = Table(title="Picoseconds per weight and product", caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("kernel")
+    table.add_column("scheme")
+    for count in tokens:
+        table.add_column(f"{count} token{'s' if count > 1 else ''}", justify="right")
+    for rate in rates.kernels:
+        table.add_row(rate.kernel, rate.scheme, *(f"{ps:.3g}" for ps in rate.ps_per_weight))
+    console.print(table)
+    title = "Nanoseconds of attention per cached token and key head (prefill: per pair of tokens)"
+    caption = f"besides, {rates.operator_us:.3g} us per operator and {rates.ns_per_activation:.3g} ns per activation"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    groups = sorted({rate.group for rate in rates.attention})
+    for name in ("phase", "cache", "head dimension", *(f"{group} queries" if group > 1 else "1 query" for group in groups)):
+        table.add_column(name, justify="right")
+    for phase, cache, dim in dict.fromkeys((rate.phase, rate.cache, rate.head_dim) for rate in rates.attention):
+        found = {rate.group: rate.ns for rate in rates.attention if (rate.phase, rate.cache, rate.head_dim) == (phase, cache, dim)}
+        table.add_row(phase, cache, str(dim), *(f"{found[group]:.3g}" if group in found else "" for group in groups))
     console.print(table)
 
 

@@ -17,11 +17,13 @@ from fewbit.results.latency import Bound, Counters, LatencyResult, OperatorTimes
 from fewbit.results.memory import MemoryResult
 from fewbit.results.quality import EvaluateResults, NoiseFloor, ProtocolInfo, QualityResult
 from fewbit.results.quantize import BlockReport, CalibrationInfo, ExpertsReport, GateResult, LayerReport, QuantizeEstimate, QuantizeResult
+from fewbit.results.rates import AttentionRate, EngineRates, KernelRate
 from fewbit.results.subject import Environment, MachineResult, ModelInfo, VariantInfo
 from fewbit.results.verify import RuntimeCheck, VerifyResult
 
 __all__ = [
     "SCHEMA_VERSION",
+    "AttentionRate",
     "BenchResults",
     "BlockReport",
     "Bound",
@@ -29,6 +31,7 @@ __all__ = [
     "CompareResults",
     "ConvertResult",
     "Counters",
+    "EngineRates",
     "Environment",
     "EvaluateResults",
     "ExpertsReport",
@@ -41,6 +44,7 @@ __all__ = [
     "InspectResult",
     "Interval",
     "KernelInfo",
+    "KernelRate",
     "KernelUse",
     "KernelsReport",
     "LatencyResult",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 
 from fewbit.results.base import FROZEN
+from fewbit.results.rates import EngineRates
 
 __all__ = ["Environment", "MachineResult", "ModelInfo", "VariantInfo"]
 
@@ -34,6 +35,7 @@ class MachineResult:
         bandwidth_method: how it was measured.
         gemm_gflop_s: dense matrix product in `gemm_dtype`, 1e9 operations per second.
         time_per_null_op_us: time of one smallest tensor operation, the framework's overhead per operator.
+        rates: of the kernels that run; None where they were not asked for, or without the native extension.
     """
 
     read_bandwidth_gb_s: float
@@ -41,6 +43,7 @@ class MachineResult:
     gemm_gflop_s: float
     gemm_dtype: str
     time_per_null_op_us: float
+    rates: EngineRates | None = None
 
 
 @dataclass(frozen=True, config=FROZEN)

@@ -166,6 +166,15 @@ class EngineCache:
         for sequence in range(self.sequences):
             self.native.crop(sequence, max(self.native.length(sequence) + tokens_to_remove, 0))
 
+    def fill_for_timing(self, tokens: int) -> None:
+        """Every sequence has so many tokens, of arbitrary finite values: for timings, whose results nobody reads.
+
+        Raises:
+            ValueError: no room for the tokens.
+        """
+        for sequence in range(self.sequences):
+            self.native.fill(sequence, tokens)
+
     def nbytes(self) -> int:
         """Bytes that are set aside; pages that no token has reached are not resident."""
         return self.native.nbytes

@@ -8,8 +8,11 @@ print(results.rows[-1].latency.speedup_over_bf16)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from fewbit.bench.engine_rates import measure_engine_rates
 from fewbit.bench.machine import measure_machine
 from fewbit.bench.memory import PeakMeter
 from fewbit.errors import UsageError
@@ -23,9 +26,13 @@ from fewbit.workflows.variants import BASELINE, Variant, with_options
 __all__ = ["bench", "bench_machine"]
 
 
-def bench_machine() -> MachineResult:
-    """Read bandwidth, GEMM rate and time per operator of this machine; about 3 seconds."""
-    return measure_machine()
+def bench_machine(progress: Callable[[str], None] | None = None) -> MachineResult:
+    """Read bandwidth, GEMM rate, time per operator of this machine, and the rates of the kernels that run; about half a minute.
+
+    Args:
+        progress: called with what is measured next.
+    """
+    return replace(measure_machine(), rates=measure_engine_rates(progress=progress))
 
 
 def bench(

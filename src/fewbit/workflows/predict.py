@@ -25,7 +25,7 @@ from fewbit.predict.axis import bounds_along_batch
 from fewbit.predict.bandwidth import bandwidth_scale, predict_by_bandwidth
 from fewbit.predict.calibration import Z90
 from fewbit.predict.conclude import conclusions
-from fewbit.predict.efficiency import FACTORS, Prior, known_runtimes, prior_of
+from fewbit.predict.efficiency import FACTORS, Prior, known_runtimes, prior_of_device
 from fewbit.predict.hardware import Hardware, get_hardware, measured_hardware
 from fewbit.predict.measured import read_measured, scheme_name
 from fewbit.predict.outline import Outline, outline_of
@@ -107,7 +107,7 @@ def predict_model(
         )
     if runtime is not None and runtime not in known_runtimes():
         raise UsageError(f"nothing is known of the runtime '{runtime}'", f"choose one of {', '.join(known_runtimes())}, or leave it out")
-    prior = prior_of(device.kind, runtime)
+    prior = prior_of_device(device, runtime)
     answer = _by_bandwidth if estimator == "bandwidth" else _by_model
     results = PredictResults(
         model=PredictedModel(

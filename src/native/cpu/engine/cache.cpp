@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 
@@ -101,6 +102,16 @@ void Cache::crop(std::size_t sequence, std::size_t length) {
     check(length <= lengths_[sequence], "a cache can only be cropped to fewer tokens than it has");
     lengths_[sequence] = length;
     histories_[sequence] = std::min(histories_[sequence], length);
+}
+
+void Cache::fill(std::size_t sequence, std::size_t length) {
+    check(sequence < shape_.sequences, "no such sequence");
+    check(length <= shape_.capacity, "the cache has no room for the tokens");
+    constexpr int kPattern = 0x3c;  // 0.01 in BF16 and float32, 1.5 in FP8, 60 in INT8
+    for (std::size_t layer = 0; layer < shape_.layers; ++layer)
+        std::memset(first_ + (layer * shape_.sequences + sequence) * shape_.kv_heads * layout_.bytes, kPattern, shape_.kv_heads * layout_.bytes);
+    histories_[sequence] = 0;
+    grow_to(sequence, length);
 }
 
 double Cache::bytes_per_token() const {

@@ -33,6 +33,9 @@ class Cache {
     void grow_to(std::size_t sequence, std::size_t length);
     // Forgets the newest tokens; what lies in the history stays quantized. Throws std::invalid_argument.
     void crop(std::size_t sequence, std::size_t length);
+    // For timings: the sequence has `length` tokens of which nobody asks what they are. Ordinary finite numbers, in memory of their own, so
+    // that reading them costs what it always costs. Throws std::invalid_argument.
+    void fill(std::size_t sequence, std::size_t length);
 
     std::size_t bytes() const { return bytes_; }
     double bytes_per_token() const;        // of one sequence, in the long run

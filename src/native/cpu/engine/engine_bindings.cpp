@@ -122,6 +122,7 @@ void bind_engine(nb::module_ &m) {
             },
             "sequence"_a)
         .def("crop", &Cache::crop, "sequence"_a, "length"_a)
+        .def("fill", &Cache::fill, "sequence"_a, "length"_a, "For timings: the sequence has `length` tokens of arbitrary finite values.")
         .def_prop_ro("capacity", [](const Cache &cache) { return cache.shape().capacity; })
         .def_prop_ro("sequences", [](const Cache &cache) { return cache.shape().sequences; })
         .def_prop_ro("nbytes", &Cache::bytes)
