@@ -16,8 +16,8 @@ needs_native = pytest.mark.skipif(missing_native() is not None, reason=str(missi
 
 @needs_native
 def test_rates_of_the_machine() -> None:
-    said: list[str] = []
-    rates = engine_rates.measure_engine_rates(quick=True, progress=said.append)
+    said: list[tuple[int, int, str]] = []
+    rates = engine_rates.measure_engine_rates(quick=True, progress=lambda *now: said.append(now))
     assert rates is not None
     assert [(rate.scheme, rate.kernel) for rate in rates.kernels] == [
         ("BF16", "dense"),
@@ -32,7 +32,8 @@ def test_rates_of_the_machine() -> None:
     assert all(rate.ns > 0 for rate in rates.attention if rate.phase == "prefill")
     assert rates.operator_us >= 0
     assert rates.ns_per_activation >= 0
-    assert said[0] == "bandwidth"
+    assert said[0] == (0, 5, "bandwidth")
+    assert [done for done, _, _ in said] == [0, 1, 2, 3, 4]
     adapter = TypeAdapter(EngineRates)
     assert adapter.validate_json(adapter.dump_json(rates)) == rates
 

@@ -47,26 +47,27 @@ class AttentionPlan:
     prompt: int = 1024
 
 
-def measure_engine_rates(*, quick: bool = False, progress: Callable[[str], None] | None = None) -> EngineRates | None:
+def measure_engine_rates(*, quick: bool = False, progress: Callable[[int, int, str], None] | None = None) -> EngineRates | None:
     """Rates of this machine's CPU kernels and engine, about half a minute; None without the native extension.
 
     Args:
         quick: one format, one geometry and small sizes, for tests.
-        progress: called with what is measured next.
+        progress: called with (steps done, steps in all, what is next).
     """
     if missing_native() is not None:
         return None
-    say = progress or (lambda _: None)
+    say = progress or (lambda *_: None)
     kernel_plan = RatePlan(tokens=(1, 8, 64), columns=256, rows=512, few_rows=256, cache_share=0.0, budget_s=0.0) if quick else RatePlan()
     attention_plan = AttentionPlan((64,), (1, 4), 1, 2, 1, 256, 128) if quick else AttentionPlan()
     kernels = MEASURED_KERNELS[:3] if quick else MEASURED_KERNELS
-    say("bandwidth")
+    total = len(kernels) + 2
+    say(0, total, "bandwidth")
     before = measure_read_bandwidth(passes=1 if quick else 4)[0]
     rates: list[KernelRate] = []
-    for scheme, compute in kernels:
-        say(f"kernel of {scheme}, {compute}")
+    for done, (scheme, compute) in enumerate(kernels):
+        say(1 + done, total, f"kernel of {scheme}, {compute}")
         rates += measure_kernel_rates([(scheme, compute)], kernel_plan)
-    say("attention")
+    say(total - 1, total, "attention")
     attention = list(_attention(attention_plan))
     operator_us, ns_per_activation = _overhead(quick=quick)
     after = measure_read_bandwidth(passes=1 if quick else 4)[0]

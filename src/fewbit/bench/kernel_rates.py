@@ -27,7 +27,7 @@ from fewbit.errors import KernelError
 from fewbit.formats.spec import Scheme, get_scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Compute, KernelRequest
-from fewbit.kernels.cpu.extension import native, use_torch_threads
+from fewbit.kernels.cpu.extension import in_weight_memory, use_torch_threads
 from fewbit.kernels.dispatch import select
 from fewbit.methods.rtn import rtn
 from fewbit.results import KernelRate
@@ -43,7 +43,6 @@ MEASURED_KERNELS: tuple[tuple[str, Compute], ...] = (
     *((name, "exact") for name in ("W8A16", "W4A16", "W8A8", "W3A16", "W2A16", "NF4", "FP8A16", "NVFP4", "MXFP4")),
     *((name, "int8-activations") for name in ("W8A16", "W4A16", "W3A16", "W2A16")),
 )
-_HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -139,10 +138,8 @@ def _packed(
         copies = max(1, -(-int(plan.cache_share * last_level_cache_bytes()) // first.bytes))
     linears = [first]
     for _ in range(copies - 1):
-        copy = {name: tensor.clone() for name, tensor in packed.items()}
-        for tensor in copy.values():
-            if tensor.nbytes >= _HUGE_PAGE_BYTES:
-                native.use_huge_pages(tensor)
+        # Where the kernels keep their weights; a dense weight stays where torch has put it.
+        copy = {name: tensor.clone() for name, tensor in packed.items()} if scheme.weights is None else in_weight_memory(packed)
         linear = kernel.native(copy, request)
         assert linear is not None
         linears.append(linear)

@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from fewbit.cli.options import (
     BandwidthOption,
+    ComputeOption,
     HardwareFileOption,
     HeadDimOption,
     JsonOption,
@@ -124,6 +125,7 @@ def predict(
     measured: MeasuredOption = None,
     estimator: EstimatorOption = "model",
     runtime: OverheadsOption = None,
+    compute: ComputeOption = "exact",
     schemes: Annotated[str | None, Option(metavar="NAMES", help="Comma-separated, e.g. BF16,INT8,INT4,FP8,NVFP4,W8A8.")] = None,
     phase: Annotated[str | None, Option(metavar="NAMES", help="decode, prefill or both with a comma.")] = None,
     kv: Annotated[str | None, Option(metavar="NAMES", help="Formats of the KV cache: BF16, KV-INT8, KV-FP8, KV-INT4.")] = None,
@@ -151,6 +153,7 @@ def predict(
         measured=measured or (),
         estimator=estimator,
         runtime=runtime,
+        compute=compute,
         schemes=words(schemes),
         phases=words(phase),
         kv=words(kv),

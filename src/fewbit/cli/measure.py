@@ -44,7 +44,9 @@ BudgetOption = Annotated[str, Option(metavar="SIZE", help="Memory in which seque
 KvContextOption = Annotated[int, Option(metavar="TOKENS", help="Length of those sequences; cut to the model's maximum.", min=1)]
 EvaluatedSchemeOption = Annotated[str | None, Option(metavar="NAME", help="The scheme to evaluate; the checkpoint's own when left out.")]
 AgainstOption = Annotated[str | None, Option(help="The model in high precision to compare with; MODEL itself in BF16 when left out.")]
-MachineOption = Annotated[bool, Option("--machine", help="Measure only the machine: bandwidth, GEMM rate, time per operator.")]
+MachineOption = Annotated[
+    bool, Option("--machine", help="Measure only the machine: bandwidth, and rates of the kernels that run.")
+]
 
 
 @app.command(rich_help_panel=PANEL, epilog=example("fewbit compare --variants bf16,int8-w8a16,int4-w4a16 --out results/compare"))
@@ -179,7 +181,9 @@ def bench(
     from fewbit.workflows.section import SectionSettings
 
     if machine:
-        show(bench_machine(), render_machine, json=json)
+        with progress_bar(json) as progress:
+            machine_result = bench_machine(progress)
+        show(machine_result, render_machine, json=json)
         return
     latency = LatencySettings(prompt_tokens=prompt_tokens, context_tokens=context, counters=counters)
     settings = SectionSettings(latency=latency, runtime=runtime_choice(runtime))

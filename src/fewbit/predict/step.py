@@ -316,10 +316,11 @@ def _by_rates(one: Work, hardware: Hardware, factors: Factors) -> _Parts | None:
     rate = rates.kernel(one.kernel) if one.kernel else None
     if rate is None:
         return None
-    per_pass = rates.split(rate, one.operations / (2 * one.weights))
+    memory, rest = rates.split(rate, one.operations / (2 * one.weights))
+    memory *= rates.measured.read_bandwidth_gb_s / hardware.bandwidth_gb_s  # 1, unless another bandwidth was asked for
     speed = _read_speed(one.bits, factors)
     compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0)
-    moving, computing = (one.weights * ps / 1e9 / speed / factor for ps, factor in zip(per_pass, (factors.memory, compute), strict=True))
+    moving, computing = one.weights * memory / 1e9 / speed / factors.memory, one.weights * rest / 1e9 / speed / compute
     between = one.activation_bytes / _ACTIVATION_BYTES * rates.ns_per_activation / 1e6
     copying = one.copy_bytes / (factors.copy * bandwidth)
     busy = math.hypot(moving, computing)

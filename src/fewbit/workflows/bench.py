@@ -8,7 +8,6 @@ print(results.rows[-1].latency.speedup_over_bf16)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +25,11 @@ from fewbit.workflows.variants import BASELINE, Variant, with_options
 __all__ = ["bench", "bench_machine"]
 
 
-def bench_machine(progress: Callable[[str], None] | None = None) -> MachineResult:
-    """Read bandwidth, GEMM rate, time per operator of this machine, and the rates of the kernels that run; about half a minute.
+def bench_machine(progress: ProgressCallback | None = None) -> MachineResult:
+    """Read bandwidth, GEMM rate, time per operator of this machine, and the rates of the kernels that run; about 40 seconds.
 
     Args:
-        progress: called with what is measured next.
+        progress: called with (steps done, steps in all, what is next).
     """
     return replace(measure_machine(), rates=measure_engine_rates(progress=progress))
 

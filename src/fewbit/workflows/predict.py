@@ -63,6 +63,7 @@ def predict_model(
     measured: Sequence[str] = (),
     estimator: str = "model",
     runtime: str | None = None,
+    compute: str = "exact",
     schemes: Sequence[str] = (),
     phases: Sequence[str] = (),
     kv: Sequence[str] = (),
@@ -82,6 +83,7 @@ def predict_model(
         measured: words or files, as `predict.measured` reads them: of this model on this device.
         estimator: `model`, or `bandwidth` (nominal bits over the bandwidth, scaled by the measured points).
         runtime: software whose launches and kernels are known apart, `llama.cpp` or `torch`; the class's own prior when None.
+        compute: for this-machine: which CPU kernels run, `exact` ones or those with `int8-activations`.
         schemes, phases, kv, batches, contexts: the steps to predict, every combination. When empty: BF16, INT8, INT4 and what the
             device multiplies natively; phase, cache, batch and context that were measured, else decode of one sequence at 1,024 tokens.
         layers, kv_heads, head_dim: the cache's geometry, for a bare count.
@@ -94,7 +96,7 @@ def predict_model(
     """
     if estimator not in get_args(Estimator):
         raise UsageError(f"unknown estimator '{estimator}'", f"choose one of {', '.join(get_args(Estimator))}")
-    device = resolve_hardware(hardware, file=hardware_file, machine=machine, bandwidth_gb_s=bandwidth_gb_s)
+    device = resolve_hardware(hardware, file=hardware_file, machine=machine, bandwidth_gb_s=bandwidth_gb_s, compute=compute)
     inventory = read_inventory(model, layers=layers, kv_heads=kv_heads, head_dim=head_dim)
     outline = outline_of(inventory)
     steps = [examine(device, outline, point) for text in measured for point in read_measured(text)]
@@ -128,20 +130,35 @@ def predict_model(
     return _rounded(answer(results, device, outline, used, points, prior))
 
 
-def resolve_hardware(name: str, *, file: Path | None = None, machine: Path | None = None, bandwidth_gb_s: float | None = None) -> Hardware:
+def resolve_hardware(
+    name: str,
+    *,
+    file: Path | None = None,
+    machine: Path | None = None,
+    bandwidth_gb_s: float | None = None,
+    compute: str = "exact",
+) -> Hardware:
     """A device by name, or this machine: measured now, or as `fewbit bench --machine --json` wrote it.
 
+    Args:
+        name, file, bandwidth_gb_s: as in `predict.hardware.get_hardware`.
+        machine, compute: as in `predict_model`.
+
     Raises:
-        UsageError: no such device, or a file that is no measurement of a machine.
+        UsageError: no such device, a file that is no measurement of a machine, or an unknown compute mode.
     """
+    if compute not in ("exact", "int8-activations"):
+        raise UsageError(f"unknown compute mode '{compute}'", "choose exact or int8-activations")
     if name.strip().lower() != "this-machine":
         if machine is not None:
             raise UsageError(f"a measured machine was given beside --hardware {name}", "write --hardware this-machine")
+        if compute != "exact":
+            raise UsageError(f"--compute {compute} names CPU kernels, beside --hardware {name}", "write --hardware this-machine")
         return get_hardware(name, bandwidth_gb_s=bandwidth_gb_s, file=file)
     if machine is None:
-        from fewbit.bench.machine import measure_machine  # torch, which no data sheet needs
+        from fewbit.workflows.bench import bench_machine  # torch, which no data sheet needs
 
-        result = measure_machine()
+        result = bench_machine()
     else:
         try:
             result = TypeAdapter(MachineResult).validate_json(machine.read_bytes())
@@ -149,7 +166,8 @@ def resolve_hardware(name: str, *, file: Path | None = None, machine: Path | Non
             raise UsageError(
                 f"'{machine}' is no measurement of a machine: {str(error).splitlines()[0]}", "fewbit bench --machine --json"
             ) from error
-    device = measured_hardware(result, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device = measured_hardware(result, memory, compute=compute)
     return device if bandwidth_gb_s is None else replace(device, bandwidth_gb_s=bandwidth_gb_s)
 
 
