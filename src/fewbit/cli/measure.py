@@ -44,9 +44,7 @@ BudgetOption = Annotated[str, Option(metavar="SIZE", help="Memory in which seque
 KvContextOption = Annotated[int, Option(metavar="TOKENS", help="Length of those sequences; cut to the model's maximum.", min=1)]
 EvaluatedSchemeOption = Annotated[str | None, Option(metavar="NAME", help="The scheme to evaluate; the checkpoint's own when left out.")]
 AgainstOption = Annotated[str | None, Option(help="The model in high precision to compare with; MODEL itself in BF16 when left out.")]
-MachineOption = Annotated[
-    bool, Option("--machine", help="Measure only the machine: bandwidth, and rates of the kernels that run.")
-]
+MachineOption = Annotated[bool, Option("--machine", help="Measure only the machine: bandwidth, and rates of the kernels that run.")]
 
 
 @app.command(rich_help_panel=PANEL, epilog=example("fewbit compare --variants bf16,int8-w8a16,int4-w4a16 --out results/compare"))
