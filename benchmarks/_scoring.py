@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -82,7 +83,7 @@ class Evaluator:
 
     def __init__(self, model: Path, *, max_tokens: int = 32_768) -> None:
         self.directory = model
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._source = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         windows = make_windows("stdlib", load_corpus(), AutoTokenizer.from_pretrained(model), self.model.config, max_tokens=max_tokens)
         self.ids = torch.stack(windows.ids)
@@ -92,8 +93,9 @@ class Evaluator:
         self.model_key = digest.hexdigest()[:16]
         digest.update(self.ids.numpy().tobytes())
         self.key = digest.hexdigest()[:16]
-        self._expected = [self._log_probabilities(batch) for batch in self.ids.split(_BATCH_WINDOWS)]
-        losses = [_losses(batch, log_p) for batch, log_p in zip(self.ids.split(_BATCH_WINDOWS), self._expected, strict=True)]
+        self._batches: list[torch.Tensor] = list(torch.split(self.ids, _BATCH_WINDOWS))
+        self._expected = [self._log_probabilities(batch) for batch in self._batches]
+        losses = [_losses(batch, log_p) for batch, log_p in zip(self._batches, self._expected, strict=True)]
         self.perplexity = math.exp(float(torch.cat(losses).double().mean()))
 
     @torch.inference_mode()
@@ -131,7 +133,7 @@ class Evaluator:
 
     def _compare(self) -> Score:
         kl, loss, flips = [], [], []
-        for ids, log_p in zip(self.ids.split(_BATCH_WINDOWS), self._expected, strict=True):
+        for ids, log_p in zip(self._batches, self._expected, strict=True):
             log_q = self._log_probabilities(ids)
             kl.append((log_p.exp() * (log_p - log_q)).sum(dim=-1).double().mean(dim=1))
             loss.append(_losses(ids, log_q).double().mean(dim=1))

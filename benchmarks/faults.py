@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 KILLS = 20
 SCHEME = "W4A16-G32"
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -61,7 +61,8 @@ def write_tokenizer(directory: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([inspect.getsource(argparse)], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>").save_pretrained(directory)
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>")  # type: ignore[no-untyped-call]
+    fast.save_pretrained(directory)
 
 
 def write_model(directory: Path, change: Callable[[torch.nn.Module], None] | None = None, *, experts: int = 0) -> Path:
@@ -72,7 +73,7 @@ def write_model(directory: Path, change: Callable[[torch.nn.Module], None] | Non
     config = MixtralConfig(**_SIZES, num_local_experts=experts, num_experts_per_tok=2) if experts else LlamaConfig(**_SIZES)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)  # type: ignore[no-untyped-call]
     if change is not None:
         with torch.no_grad():
             change(model)

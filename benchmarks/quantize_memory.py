@@ -59,7 +59,7 @@ def write_checkpoint(directory: Path, num_layers: int | None, **changes: Any) ->
             filled = 0
         shards[-1].append(name)
         filled += sizes[name]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(directory / file, {name: source.get(name) for name in names})

@@ -90,8 +90,8 @@ class Export:
     notes: list[str] = field(default_factory=list)
 
 
-def load_model(job: Job) -> torch.nn.Module:
-    """The model in high precision, in the job's dtype, on the CPU."""
+def load_model(job: Job) -> Any:
+    """The `PreTrainedModel` in high precision, in the job's dtype, on the CPU (transformers' own types are no help to mypy)."""
     from transformers import AutoModelForCausalLM
 
     dtype: Any = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
@@ -111,7 +111,7 @@ def integer_export(
     """
     columns = values.shape[1]
     groups = torch.arange(columns) // (columns // scale.shape[1]) if g_idx is None else g_idx.long()
-    centred = values.float()
+    centred: torch.Tensor = values.float()
     if isinstance(zero_point, torch.Tensor):
         centred = centred - zero_point.float()[:, groups]
     elif zero_point is not None:
@@ -133,7 +133,8 @@ def unpack_stream(packed: torch.Tensor, num_bits: int, length: int) -> torch.Ten
 def logits_of(model: torch.nn.Module, job: Job) -> torch.Tensor:
     """float32 logits of the first tokens of the first calibration window."""
     ids = job.calibration()[:1, :_VERIFY_TOKENS]
-    return model(input_ids=ids, use_cache=False).logits.float()
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()
 
 
 def _verify(job: Job, export: Export) -> dict[str, float]:

@@ -12,6 +12,7 @@ weights, which the library leaves as (integer - zero point) x scale, with the sc
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def quantize(job: Job) -> Export:
     logits = logits_of(tuned, job) if job.verify else None
     tensors = {name: tensor.detach() for name, tensor in tuned.state_dict().items() if tensor.is_floating_point()}
     bits = parameters = 0
-    for name, layer in tuned.named_modules():
+    named: Iterable[tuple[str, Any]] = tuned.named_modules()
+    for name, layer in named:
         if not isinstance(layer, torch.nn.Linear) or not isinstance(getattr(layer, "scale", None), torch.Tensor):
             continue
         rows, columns = layer.weight.shape

@@ -11,6 +11,7 @@ a float afterwards.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from _runner import Export, Job, load_model, logits_of, main, start_clock
@@ -19,7 +20,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 
 def _exact(layer: HQQLinear) -> torch.Tensor:
     """(integer - zero point) x scale in float32 from what is stored, instead of in the compute dtype."""
-    meta = layer.meta
+    meta: Any = layer.meta
     packed = layer.W_q.view(meta["unpack_view_dtype"]) if meta["view_as_float"] else layer.W_q
     values = Quantizer.unpack[meta["packing"]](packed, dtype=torch.float32)
     rows, columns = meta["shape"]
@@ -44,7 +45,7 @@ def quantize(job: Job) -> Export:
         return Export({}, 0, 0, seconds)
     tensors, bits, parameters = {}, 0, 0
     for name in names:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         tensors[f"{name}.weight"] = _exact(layer)
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias.detach()

