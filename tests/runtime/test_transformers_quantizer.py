@@ -47,10 +47,22 @@ def test_transformers_computes_what_our_runtime_computes(nf4: Path) -> None:
 
 
 def test_it_is_loaded_in_a_process_that_imports_fewbit_before_or_after(nf4: Path) -> None:
-    for imports in ("import fewbit, transformers", "import transformers, transformers.quantizers.auto, fewbit"):
-        program = f"{imports}\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\nassert 'fewbit' in m"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    program = """
+import sys
+import fewbit  # first: nothing of transformers is there yet
+assert "transformers" not in sys.modules
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs, AUTO_QUANTIZER_MAPPING as known
+assert "fewbit" in known and "fewbit" in configs
+
+# And after transformers: the same process forgets fewbit and imports it again.
+del known["fewbit"], configs["fewbit"]
+for name in [name for name in sys.modules if name.partition(".")[0] == "fewbit"]:
+    del sys.modules[name]
+import fewbit
+assert "fewbit" in known and "fewbit" in configs
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_kind_and_the_scheme_are_what_was_written(nf4: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fewbit.bench.latency import LatencySettings
+from fewbit.bench.machine import measure_machine
 from fewbit.errors import FewbitError, FormatError, ModelError
 from fewbit.workflows import bench as bench_workflow
 from fewbit.workflows import compare as compare_workflow
@@ -20,7 +22,15 @@ from fewbit.workflows.compare import CompareSettings, compare
 from fewbit.workflows.evaluate import evaluate
 from fewbit.workflows.generate import generate_text
 
-SETTINGS = CompareSettings(latency=LatencySettings(prompt_tokens=8, context_tokens=8), max_tokens=256, peak=False)
+SHORT = LatencySettings(prompt_tokens=8, context_tokens=8, decode_steps=6, budget_s=0.1, prefill_repetitions=1)
+SETTINGS = CompareSettings(latency=SHORT, max_tokens=256, peak=False)
+
+
+@pytest.fixture(autouse=True)
+def _quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine can do is measured in short, over a small buffer; no test here looks at it."""
+    monkeypatch.setattr("fewbit.bench.machine._MAX_BUFFER_BYTES", 64 << 20)
+    monkeypatch.setattr(compare_workflow, "measure_machine", partial(measure_machine, quick=True))
 
 
 @pytest.fixture(scope="module")
