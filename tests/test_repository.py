@@ -66,7 +66,7 @@ def test_exported_names_are_the_ones_that_type_checkers_see() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'no_such_name'"):
-        _ = fewbit.no_such_name  # type: ignore[attr-defined]
+        _ = fewbit.no_such_name
 
 
 def test_importing_fewbit_and_asking_for_help_do_not_import_torch() -> None:
