@@ -32,13 +32,18 @@ PEERS_AT_4_BITS = (
 _SINGLE = (
     *PEERS_AT_4_BITS, "onnxruntime-2bit-b128", "llamacpp-q8_0", "torch-bf16", "torch-bf16-prepacked", "torch-w8a8", "bnb-nf4",
     "unfused-int4", "unfused-nf4", "fewbit-int4", "fewbit-int4-exact", "fewbit-int8", "fewbit-int3", "fewbit-int2", "fewbit-w8a8",
-    "fewbit-int8-exact", "fewbit-int3-exact", "fewbit-int2-exact",
+    "fewbit-int8-exact", "fewbit-int3-exact", "fewbit-int2-exact", "fewbit-bf16", "fewbit-nf4", "fewbit-mxfp4", "fewbit-fp8",
 )  # fmt: skip
-_BATCH = (*PEERS_AT_4_BITS, "torch-bf16", "torch-w8a8", "fewbit-int4", "fewbit-int8", "fewbit-w8a8")
-CASES = {f"m1-{n}x{k}": (n, k, 1, _SINGLE) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008))}
+_BATCH = (
+    *PEERS_AT_4_BITS, "torch-bf16", "torch-w8a8", "fewbit-int4", "fewbit-int8", "fewbit-int3", "fewbit-int2", "fewbit-w8a8",
+    "fewbit-int4-exact", "fewbit-bf16", "fewbit-nf4", "fewbit-mxfp4", "fewbit-fp8",
+)  # fmt: skip
+CASES: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
+    f"m1-{n}x{k}": (n, k, 1, _SINGLE) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008))
+}
 CASES |= {f"m{m}-4096x4096": (4096, 4096, m, _BATCH) for m in (8, 32, 128)}
 _GIB, _CACHE_BYTES = 1 << 30, 36 << 20
-_BITS = {"bf16": 16, "int8": 8, "q8_0": 8, "w8a8": 8}
+_BITS = {"bf16": 16, "int8": 8, "q8_0": 8, "w8a8": 8, "fp8": 8}
 FAST_MEMORY = 55.0  # GB/s, above which 4-bit kernels are bound by their arithmetic
 LIMITED = 50.0  # GB/s that the shares of INT3 and INT2 refer to at most
 
@@ -63,7 +68,7 @@ class Measured:
         series = {}
         for name, facts in kept["contenders"].items():
             rest = {key: value for key, value in facts.items() if key not in ("seconds", "dropped")}
-            series[name] = Series(facts["seconds"], facts["dropped"], rest)
+            series[name] = Series(facts["seconds"], facts["dropped"], facts=rest)
         about = {key: value for key, value in kept.items() if isinstance(value, str)}
         return cls(series, kept["not_measured"], kept["read_bandwidth_gb_per_s"], about)
 
@@ -71,7 +76,7 @@ class Measured:
         """Median seconds of one product."""
         if name not in self.series:
             raise NotMeasuredError(self.reasons.get(name, "not run"))
-        return self.series[name].median() / self.series[name].facts["calls"]
+        return self.series[name].median() / int(self.series[name].facts["calls"])
 
     def share(self, name: str, ceiling: float = float("inf")) -> float:
         """Bytes of the weight per second over the read bandwidth."""
@@ -90,8 +95,8 @@ class Measured:
 class Kernels:
     """Runs cases on demand, each once."""
 
-    def __init__(self, threads: int, passes: int, limit: float, results: Path | None = None) -> None:
-        self.threads, self.passes, self.limit, self.results = threads, passes, limit, results
+    def __init__(self, threads: int, passes: int, limit: float, results: Path | None = None, hold: bool = False) -> None:
+        self.threads, self.passes, self.limit, self.results, self.hold = threads, passes, limit, results, hold
         kept = json.loads(results.read_text(encoding="utf-8")) if results is not None and results.is_file() else {}
         self._done = {name: Measured.from_json(case) for name, case in kept.items()}
 
@@ -140,6 +145,9 @@ class Kernels:
                     found.append(Contender(contender, workers[peer], contender, facts))
                 except (OSError, PeerError) as error:
                     reasons[contender] = str(error)
+            if self.hold:
+                print(f"{name}: set up, waiting for a line", flush=True)
+                sys.stdin.readline()
             series = interleave(found, passes=self.passes, limit_seconds=self.limit)
         rates = []
         for read in reads:
@@ -214,9 +222,10 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="keep the measured cases in FILE; those that it has are not measured again"
     )
+    parser.add_argument("--hold", action="store_true", help="wait for a line on standard input before the passes of each case")
     add_arguments(parser)
     arguments = parser.parse_args()
-    kernels = Kernels(arguments.threads, arguments.passes, arguments.limit, arguments.results)
+    kernels = Kernels(arguments.threads, arguments.passes, arguments.limit, arguments.results, arguments.hold)
     return run_bars(bars(kernels, arguments.only), list_only=arguments.list, json_file=arguments.json)
 
 

@@ -12,13 +12,13 @@ from _worker import Pass, serve
 import fewbit
 from fewbit import _native
 from fewbit.formats.spec import SCHEMES, QuantSpec
-from fewbit.kernels.base import KernelRequest
+from fewbit.kernels.base import Compute, KernelRequest
 from fewbit.kernels.cpu.extension import use_torch_threads
 from fewbit.kernels.dispatch import select
 from fewbit.methods.rtn import rtn
 
-# num_bits and compute mode.
-_CONTENDERS = {
+# num_bits and compute mode of integer weights in groups.
+_INTEGERS: dict[str, tuple[int, Compute]] = {
     "fewbit-int4": (4, "int8-activations"),
     "fewbit-int8": (8, "int8-activations"),
     "fewbit-int3": (3, "int8-activations"),
@@ -27,29 +27,38 @@ _CONTENDERS = {
     "fewbit-int8-exact": (8, "exact"),
     "fewbit-int3-exact": (3, "exact"),
     "fewbit-int2-exact": (2, "exact"),
-    "fewbit-w8a8": (8, "exact"),
 }
+_SCHEMES = {"fewbit-w8a8": "W8A8", "fewbit-nf4": "NF4", "fewbit-mxfp4": "MXFP4", "fewbit-fp8": "FP8A16"}
+_DENSE = "fewbit-bf16"  # the decode engine's kernel for what is not quantized
+
+
+def _linears(case: dict[str, Any], dense: torch.Tensor) -> tuple[list[_native.Linear], list[Any], str]:
+    """`copies` packed weights, what they need to stay alive, and the kernel's name."""
+    name, copies = case["contender"], range(case["copies"])
+    if name == _DENSE:
+        kept = [dense.bfloat16() for _ in copies]
+        return [_native.dense_linear(weight) for weight in kept], kept, "dense"
+    scheme = SCHEMES[_SCHEMES[name]] if name in _SCHEMES else None
+    bits, compute = _INTEGERS.get(name, (8, "exact"))
+    spec = QuantSpec(bits, strategy="group", group_size=case["group"], scale_dtype="bfloat16") if scheme is None else scheme.weights
+    assert spec is not None
+    request = KernelRequest(
+        spec, None if scheme is None else scheme.input_activations, case["n"], case["k"], dtype=torch.float32, compute=compute
+    )
+    selection = select(request)
+    weight = rtn(dense, spec)
+    packs = [selection.kernel.pack(weight, request) for _ in copies]
+    linears = [linear for linear in (selection.kernel.native(packed, request) for packed in packs) if linear is not None]
+    if not linears:
+        raise RuntimeError(f"{selection.kernel.name} is not a kernel of fewbit's own: {selection.passed_over}")
+    return linears, packs, selection.kernel.name
 
 
 def setup(case: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
     torch.set_num_threads(case["threads"])
     use_torch_threads()
-    bits, compute = _CONTENDERS[case["contender"]]
-    spec, inputs_spec = QuantSpec(bits, strategy="group", group_size=case["group"], scale_dtype="bfloat16"), None
-    if case["contender"] == "fewbit-w8a8":
-        assert SCHEMES["W8A8"].weights is not None
-        spec, inputs_spec = SCHEMES["W8A8"].weights, SCHEMES["W8A8"].input_activations
-    request = KernelRequest(spec, inputs_spec, case["n"], case["k"], dtype=torch.float32, compute=compute)
-    selection = select(request)
-    weight = rtn(torch.from_numpy(tiled(block(case), case["n"])), spec)
-    linears, kept = [], []
-    for _ in range(case["copies"]):
-        packed = selection.kernel.pack(weight, request)
-        linear = selection.kernel.native(packed, request)
-        if linear is None:
-            raise RuntimeError(f"{selection.kernel.name} is not a kernel of fewbit's own: {selection.passed_over}")
-        kept.append(packed)
-        linears.append(linear)
+    dense = torch.from_numpy(tiled(block(case), case["n"]))
+    linears, kept, kernel = _linears(case, dense)
     x = torch.from_numpy(inputs(case))
     y = [torch.empty(case["m"], case["n"]) for _ in linears]
 
@@ -59,7 +68,7 @@ def setup(case: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
 
     work()
     error = relative_error(y[0].numpy(), case)
-    facts = {"bytes": linears[0].bytes, "calls": len(linears), "relative_error": error, "kernel": selection.kernel.name}
+    facts = {"bytes": linears[0].bytes, "calls": len(linears), "relative_error": error, "kernel": kernel}
     return work, {**facts, "version": f"fewbit {fewbit.__version__}"}
 
 

@@ -101,6 +101,13 @@ template <int Count, int From = 0, typename Body> inline __attribute__((always_i
 
 #define FEWBIT_INLINE __attribute__((always_inline))
 
+// A line and a mask. In assembler, because GCC 12 loads the lines of four tiles first, once for all masks, and then has no registers for them.
+inline __m512i field_at(const std::uint8_t *line, __m512i mask) {
+    __m512i result;
+    asm("vpandd %1, %2, %0" : "=v"(result) : "m"(*reinterpret_cast<const __m512i *>(line)), "v"(mask));
+    return result;
+}
+
 // How one token reads a format: a step is kLines lines that hold kQuads times four columns. Fields stay where they are in their bytes; those at
 // the same place add to the same sum, and `total` shifts each sum once.
 template <int Bits> struct Step {
@@ -108,9 +115,8 @@ template <int Bits> struct Step {
 
     template <int Quad> static constexpr int sum_of() { return Quad % kSums; }
     template <int Quad> static __m512i codes(const std::uint8_t *step) {
-        const __m512i line = line_at(step, Quad / kFields);
-        if constexpr (Bits == 8) return line;
-        else return field(line, ((1 << Bits) - 1) << (Quad % kFields * Bits));
+        if constexpr (Bits == 8) return line_at(step, Quad);
+        else return field_at(step + Quad / kFields * kLineBytes, _mm512_set1_epi8(char(((1 << Bits) - 1) << (Quad % kFields * Bits))));
     }
     // Sums of a group; `start`, -8 times the sum of x, takes the offsets off.
     static __m512i total(__m512i start, const __m512i (&sums)[kSums]) {
@@ -129,7 +135,7 @@ template <> struct Step<3> {
 
     template <int Quad> static constexpr int sum_of() { return Quad < 6 ? Quad % 2 : 2; }
     template <int Quad> static __m512i codes(const std::uint8_t *step) {
-        if constexpr (Quad < 6) return field(line_at(step, Quad / 2), Quad % 2 == 0 ? 0x07 : 0x38);
+        if constexpr (Quad < 6) return field_at(step + Quad / 2 * kLineBytes, _mm512_set1_epi8(Quad % 2 == 0 ? 0x07 : 0x38));
         else return join(line_at(step, Quad - 6), _mm512_srli_epi32(line_at(step, 2), Quad - 5));
     }
     static __m512i total(__m512i start, const __m512i (&sums)[kSums]) {
