@@ -125,6 +125,11 @@ void PreparedInput::fill_row(const Rows &x, const Norm &norm, std::size_t row, c
     }
 }
 
+void PreparedInput::put(std::size_t row, std::size_t first, const float *values, std::size_t count) {
+    const std::size_t group = input_.format.group;
+    for (std::size_t at = 0; at < count; at += group) quantize(row, (first + at) / group, values + at, std::min(group, count - at));
+}
+
 void PreparedInput::quantize(std::size_t row, std::size_t group, const float *values, std::size_t count) {
     const InputFormat &format = input_.format;
     const std::size_t at = row * input_.groups + group;

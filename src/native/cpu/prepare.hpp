@@ -64,6 +64,10 @@ class PreparedInput {
     // are not copied, but referred to. Does not throw.
     void fill(const Rows &x, const Norm &norm, std::size_t thread, std::size_t threads);
 
+    // Instead of `fill`, for a caller that has the values piece by piece: columns [first, first + count) of one row, on any thread. `first` is a
+    // multiple of the group, `count`, too, or ends the row. Not for float32.
+    void put(std::size_t row, std::size_t first, const float *values, std::size_t count);
+
     // A part of the rows, for callers that go through many tokens in blocks.
     Input rows(std::size_t begin, std::size_t count) const;
     const Input &input() const { return input_; }

@@ -66,6 +66,13 @@ inline int largest_bits(const float *x, std::size_t count) {
     return _mm512_reduce_max_epi32(largest);
 }
 
+// x / step, rounded as a division rounds (Markstein, IBM J. R&D 34, 1990): the product with the reciprocal, and what it leaves over once more.
+// Three instructions where a division of sixteen values takes sixteen cycles. The remainder must be no subnormal and the quotient finite.
+inline __m512 quotient(__m512 x, __m512 step, __m512 reciprocal) {
+    const __m512 about = _mm512_mul_ps(x, reciprocal);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(about, step, x), reciprocal, about);
+}
+
 std::int32_t quantize(const float *x, std::size_t count, std::size_t padded, float range, float static_scale, std::int8_t *codes,
                       float *scale) {
     const int bits = largest_bits(x, count);
@@ -84,11 +91,14 @@ std::int32_t quantize(const float *x, std::size_t count, std::size_t padded, flo
         step = bits == 0 ? 1.0f : step < kSmallest ? kSmallest : step;
     }
     *scale = step;
-    const __m512 steps = _mm512_set1_ps(step), low = _mm512_set1_ps(-128.0f), high = _mm512_set1_ps(127.0f);
+    const bool divides = static_scale != 0 || step < 0x1p-90f || step > 0x1p90f;
+    const __m512 steps = _mm512_set1_ps(step), reciprocal = _mm512_set1_ps(1.0f / step);
+    const __m512 low = _mm512_set1_ps(-128.0f), high = _mm512_set1_ps(127.0f);
     __m512i sum = _mm512_setzero_si512();
     for (std::size_t i = 0; i < count; i += kLanes) {
         const __mmask16 lanes = first_lanes(count - i);
-        const __m512 values = _mm512_div_ps(_mm512_maskz_loadu_ps(lanes, x + i), steps);
+        const __m512 some = _mm512_maskz_loadu_ps(lanes, x + i);
+        const __m512 values = divides ? _mm512_div_ps(some, steps) : quotient(some, steps, reciprocal);
         const __m512i rounded = _mm512_cvt_roundps_epi32(_mm512_min_ps(_mm512_max_ps(values, low), high),
                                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         sum = _mm512_add_epi32(sum, rounded);

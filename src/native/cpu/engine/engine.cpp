@@ -7,8 +7,8 @@
 // At batch 1 a step of a small model takes a few milliseconds for some 170 products with a vector, so what lies between the products must
 // cost microseconds. All threads walk through the layers together, in one `run` of the pool, with five barriers per layer: after q/k/v,
 // attention, o, gate/up and down. Products are cut into pieces that threads take as they come; whatever follows element by element (bias,
-// rounding, residual, activation) is done by the thread that has the piece, while it is in its cache. With a single row every thread
-// prepares the inputs of a product for itself, which is cheaper than waiting for a share of it.
+// rounding, residual, activation, its quantization for `down`) is done by the thread that has the piece, while it is in its cache. With a
+// single row every thread prepares the inputs of a product for itself, which is cheaper than waiting for a share of it.
 //
 // The engine knows no formats. A Linear says what inputs it wants, and the inputs of one stage are prepared once per format.
 
@@ -24,13 +24,17 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::size_t kPiecesPerThread = 4;
 constexpr std::size_t kChunk = 512;         // tokens of a prompt that pass through the layers at once
+constexpr std::size_t kPieceFloats = 32768; // of results of several rows: gate's and up's of both threads of a core stay in its second-level cache
+constexpr std::size_t kUnit = 128;          // features of the activation that are quantized together: the largest group of a format but W8A8's
 constexpr std::size_t kKeysPerPart = 256;   // fewer keys are not worth a thread of their own
 
 void check(bool holds, const char *message) {
     if (!holds) throw std::invalid_argument(message);
 }
+
+// Of a piece of `rows` rows, in units of `unit`.
+std::size_t most_features(std::size_t rows, std::size_t unit) { return std::max<std::size_t>(1, kPieceFloats / (rows * unit)) * unit; }
 
 void check_projection(const Projection &p, std::size_t out, std::size_t in, const char *message) {
     check(p.linear != nullptr && p.linear->out_features == out && p.linear->in_features == in, message);
@@ -43,7 +47,7 @@ void check_projection(const Projection &p, std::size_t out, std::size_t in, cons
 Engine::Engine(const Shape &shape, const Rows &embedding, std::vector<Layer> layers, const float *final_norm, const Projection &head)
     : shape_(shape), embedding_(embedding), layers_(std::move(layers)), final_norm_(final_norm), head_(head), kernels_(kernels()),
       query_width_(shape.heads * shape.dim), kv_width_(shape.kv_heads * shape.dim), qkv_width_(query_width_ + 2 * kv_width_),
-      counter_count_(layers_.size() * 8 + 8) {
+      counter_count_(layers_.size() * 9 + 1) {
     check_shapes();
     counters_.reset(new std::atomic<std::size_t>[counter_count_]);
 }
@@ -180,17 +184,20 @@ void Engine::plan(const Pass &p) {
 
 void Engine::reserve_buffers(std::size_t rows, std::size_t head_rows, std::size_t splits) {
     constexpr std::size_t size = sizeof(float);
+    std::size_t widest = kUnit; // unit of a piece
+    for (const Layer &l : layers_) {
+        widest = std::max({widest, std::lcm(kUnit, std::lcm(l.gate.linear->tile(), l.up.linear->tile())), l.o.linear->tile(), l.down.linear->tile()});
+    }
     x_.reserve(rows * shape_.hidden * size);
     qkv_.reserve(rows * qkv_width_ * size);
     attended_.reserve(rows * query_width_ * size);
-    product_.reserve(rows * shape_.hidden * size);
-    gate_.reserve(rows * shape_.intermediate * size);
-    up_.reserve(rows * shape_.intermediate * size);
     activated_.reserve(rows * shape_.intermediate * size);
     parts_.reserve(splits > 1 ? splits * rows * query_width_ * size : 0);
     part_statistics_.reserve(splits > 1 ? 2 * splits * rows * shape_.heads * size : 0);
     scratch_.resize(threads_);
     for (AlignedBuffer &scratch : scratch_) scratch.reserve(attention_scratch(shape_.dim) * size);
+    results_.resize(threads_);
+    for (AlignedBuffer &results : results_) results.reserve(2 * (rows * widest + kPieceFloats) * size);
     per_thread_.resize(threads_);
     for (PerThread &own : per_thread_) own.best.assign(head_rows, Best{0.0f, -1});
 }
@@ -243,7 +250,7 @@ void Engine::run_thread(const Pass &p, std::size_t thread) {
         prepare(kGateUp, floats(x_), p.rows, layer.post_norm, {layer.gate.linear, layer.up.linear}, thread);
         gate_up(layer, p.rows, thread);
         threads.barrier(thread);
-        prepare(kDown, floats(activated_), p.rows, nullptr, {layer.down.linear}, thread);
+        if (activated_as_codes(layer, p.rows) == nullptr) prepare(kDown, floats(activated_), p.rows, nullptr, {layer.down.linear}, thread);
         into_residual(kDown, layer.down, p.rows, thread);
         threads.barrier(thread);
         marks.mark(times.ffn);
@@ -300,80 +307,89 @@ static void finish_rows(const Kernels &kernels, const Projection &p, float *y, s
     for (std::size_t row = 0; row < rows; ++row) kernels.finish(y + row * stride + begin, bias, end - begin, bf16);
 }
 
-void Engine::multiply(Stage stage, const Projection &p, float *y, std::size_t stride, std::size_t begin, std::size_t end,
-                      std::size_t thread) {
+void Engine::multiply(Stage stage, const Projection &p, float *y, std::size_t stride, const Piece &piece, std::size_t thread) {
     const std::size_t rows = stages_[stage].rows;
     if (emptied_) {
-        for (std::size_t row = 0; row < rows; ++row) std::fill(y + row * stride + begin, y + row * stride + end, 0.0f);
+        for (std::size_t row = 0; row < rows; ++row) std::fill(y + row * stride + piece.begin, y + row * stride + piece.end, 0.0f);
     } else {
-        p.linear->multiply(input_for(stage, *p.linear, thread), y, stride, begin, end);
+        p.linear->multiply(input_for(stage, *p.linear, thread), y, stride, piece.begin, piece.end);
     }
-    finish_rows(kernels_, p, y, stride, rows, begin, end, shape_.bf16);
+    finish_rows(kernels_, p, y, stride, rows, piece.begin, piece.end, shape_.bf16);
 }
 
-std::size_t Engine::piece_of(std::size_t features, std::size_t tile) const {
-    const std::size_t pieces = threads_ == 1 ? 1 : threads_ * kPiecesPerThread;
-    const std::size_t piece = (features + pieces - 1) / pieces;
-    return (piece + tile - 1) / tile * tile;
+// The next piece, in steps of `unit` features. Pieces begin large, for long streams of memory, and end small, so that threads finish together.
+Engine::Piece Engine::take(std::atomic<std::size_t> &counter, std::size_t features, std::size_t unit, std::size_t rows) const {
+    const std::size_t units = (features + unit - 1) / unit, most = most_features(rows, unit) / unit;
+    std::size_t taken = counter.load(std::memory_order_relaxed), count = 0;
+    do {
+        if (taken >= units) return {features, features};
+        const std::size_t share = threads_ == 1 ? units : (units - taken) / (2 * threads_);
+        count = std::min(std::max<std::size_t>(share, 1), std::min(most, units - taken));
+    } while (!counter.compare_exchange_weak(taken, taken + count, std::memory_order_relaxed));
+    return {taken * unit, std::min((taken + count) * unit, features)};
 }
 
-void Engine::qkv(const Layer &layer, std::size_t, std::size_t thread) {
-    const Projection *projections[3] = {&layer.q, &layer.k, &layer.v};
-    const std::size_t offsets[3] = {0, query_width_, query_width_ + kv_width_};
-    std::atomic<std::size_t> &counter = next_counter(thread);
-    const std::size_t piece = piece_of(qkv_width_, 1);
-    std::size_t taken = counter.fetch_add(1, std::memory_order_relaxed), before = 0;
-    for (int i = 0; i < 3; ++i) {
-        const Linear &linear = *projections[i]->linear;
-        const std::size_t step = (piece + linear.tile() - 1) / linear.tile() * linear.tile();
-        const std::size_t pieces = (linear.out_features + step - 1) / step;
-        for (; taken < before + pieces; taken = counter.fetch_add(1, std::memory_order_relaxed)) {
-            const std::size_t begin = (taken - before) * step, end = std::min(begin + step, linear.out_features);
-            multiply(kQkv, *projections[i], floats(qkv_) + offsets[i], qkv_width_, begin, end, thread);
-        }
-        before += pieces;
+float *Engine::own_results(std::size_t thread) const { return floats(results_[thread]); }
+
+void Engine::qkv(const Layer &layer, std::size_t rows, std::size_t thread) {
+    float *y = floats(qkv_);
+    for (const Projection *p : {&layer.q, &layer.k, &layer.v}) {
+        std::atomic<std::size_t> &counter = next_counter(thread);
+        const std::size_t features = p->linear->out_features, unit = p->linear->tile();
+        for (Piece piece; (piece = take(counter, features, unit, rows)).begin < features;) multiply(kQkv, *p, y, qkv_width_, piece, thread);
+        y += features;
     }
 }
 
 void Engine::into_residual(Stage stage, const Projection &p, std::size_t rows, std::size_t thread) {
     std::atomic<std::size_t> &counter = next_counter(thread);
-    const std::size_t step = piece_of(shape_.hidden, p.linear->tile());
-    for (;;) {
-        const std::size_t begin = counter.fetch_add(1, std::memory_order_relaxed) * step, end = std::min(begin + step, shape_.hidden);
-        if (begin >= shape_.hidden) return;
-        multiply(stage, p, floats(product_), shape_.hidden, begin, end, thread);
+    float *own = own_results(thread);
+    for (Piece piece; (piece = take(counter, shape_.hidden, p.linear->tile(), rows)).begin < shape_.hidden;) {
+        const std::size_t width = piece.end - piece.begin;
+        multiply(stage, p, own - piece.begin, width, piece, thread);
         for (std::size_t row = 0; row < rows; ++row) {
-            const std::size_t at = row * shape_.hidden + begin;
-            kernels_.add(floats(x_) + at, floats(product_) + at, end - begin, shape_.bf16);
+            kernels_.add(floats(x_) + row * shape_.hidden + piece.begin, own + row * width, width, shape_.bf16);
         }
     }
 }
 
+// Where the activation goes straight into the codes that `down` wants: several rows, and groups that a piece holds whole. A single row is
+// quantized by every thread for itself, so that pieces can be smaller than a group.
+PreparedInput *Engine::activated_as_codes(const Layer &layer, std::size_t rows) {
+    const InputFormat format = layer.down.linear->input_format(rows);
+    if (rows == 1 || format.kind == InputKind::float32 || kUnit % format.group != 0) return nullptr;
+    for (Prepared &prepared : stages_[kDown].prepared) {
+        if (prepared.format == format) return &prepared.inputs[0];
+    }
+    return nullptr;
+}
+
 void Engine::gate_up(const Layer &layer, std::size_t rows, std::size_t thread) {
     std::atomic<std::size_t> &counter = next_counter(thread);
-    const std::size_t width = shape_.intermediate, step = piece_of(width, std::lcm(layer.gate.linear->tile(), layer.up.linear->tile()));
-    for (;;) {
-        const std::size_t begin = counter.fetch_add(1, std::memory_order_relaxed) * step, end = std::min(begin + step, width);
-        if (begin >= width) return;
-        multiply(kGateUp, layer.gate, floats(gate_), width, begin, end, thread);
-        multiply(kGateUp, layer.up, floats(up_), width, begin, end, thread);
-        for (std::size_t row = 0; row < rows; ++row) {
-            const std::size_t at = row * width + begin;
-            kernels_.silu_multiply(floats(gate_) + at, floats(up_) + at, end - begin, shape_.bf16, floats(activated_) + at);
+    PreparedInput *codes = activated_as_codes(layer, rows);
+    const std::size_t features = shape_.intermediate, tiles = std::lcm(layer.gate.linear->tile(), layer.up.linear->tile());
+    const std::size_t unit = codes == nullptr ? tiles : std::lcm(tiles, codes->input().format.group);
+    for (Piece piece; (piece = take(counter, features, unit, rows)).begin < features;) {
+        const std::size_t width = piece.end - piece.begin;
+        float *gate = own_results(thread), *up = gate + rows * width;
+        multiply(kGateUp, layer.gate, gate - piece.begin, width, piece, thread);
+        multiply(kGateUp, layer.up, up - piece.begin, width, piece, thread);
+        for (std::size_t row = 0; row < rows; ++row, gate += width, up += width) {
+            float *to = codes == nullptr ? floats(activated_) + row * features + piece.begin : gate;
+            kernels_.silu_multiply(gate, up, width, shape_.bf16, to);
+            if (codes != nullptr) codes->put(row, piece.begin, gate, width);
         }
     }
 }
 
 void Engine::head(const Pass &p, std::size_t rows, std::size_t thread) {
     std::atomic<std::size_t> &counter = next_counter(thread);
-    const std::size_t width = shape_.vocabulary, step = piece_of(width, head_.linear->tile());
-    for (;;) {
-        const std::size_t begin = counter.fetch_add(1, std::memory_order_relaxed) * step, end = std::min(begin + step, width);
-        if (begin >= width) return;
-        multiply(kHead, head_, p.logits, width, begin, end, thread);
+    const std::size_t width = shape_.vocabulary;
+    for (Piece piece; (piece = take(counter, width, head_.linear->tile(), rows)).begin < width;) {
+        multiply(kHead, head_, p.logits, width, piece, thread);
         for (std::size_t row = 0; row < rows; ++row) {
             const float *logits = p.logits + row * width;
-            const std::size_t index = begin + kernels_.argmax(logits + begin, end - begin);
+            const std::size_t index = piece.begin + kernels_.argmax(logits + piece.begin, piece.end - piece.begin);
             Best &best = per_thread_[thread].best[row];
             // A thread's pieces come in ascending order, so the first of equal values is kept.
             if (best.index < 0 || logits[index] > best.value || (logits[index] != logits[index] && best.value == best.value))

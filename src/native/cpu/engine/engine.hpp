@@ -88,6 +88,10 @@ class Engine {
         float value;
         std::int64_t index;
     };
+    // Features [begin, end) of a product; empty: none are left.
+    struct Piece {
+        std::size_t begin, end;
+    };
 
     void check_shapes() const;
     void pass(const Pass &p);
@@ -101,13 +105,14 @@ class Engine {
     void prepare(Stage stage, const float *x, std::size_t rows, const float *norm, std::initializer_list<const Linear *> linears,
                  std::size_t thread);
     const Input &input_for(Stage stage, const Linear &linear, std::size_t thread) const;
-    void multiply(Stage stage, const Projection &projection, float *y, std::size_t stride, std::size_t begin, std::size_t end,
-                  std::size_t thread);
+    void multiply(Stage stage, const Projection &projection, float *y, std::size_t stride, const Piece &piece, std::size_t thread);
     void qkv(const Layer &layer, std::size_t rows, std::size_t thread);
     void into_residual(Stage stage, const Projection &projection, std::size_t rows, std::size_t thread);
     void gate_up(const Layer &layer, std::size_t rows, std::size_t thread);
+    PreparedInput *activated_as_codes(const Layer &layer, std::size_t rows);
     void head(const Pass &p, std::size_t rows, std::size_t thread);
-    std::size_t piece_of(std::size_t features, std::size_t tile) const;
+    Piece take(std::atomic<std::size_t> &counter, std::size_t features, std::size_t unit, std::size_t rows) const;
+    float *own_results(std::size_t thread) const;
 
     // engine_attention.cpp
     void attention_decode(const Pass &p, std::size_t layer, std::size_t thread);
@@ -132,8 +137,8 @@ class Engine {
     // Of the pass that runs.
     std::size_t threads_ = 1, rows_ = 0, head_rows_ = 0, splits_ = 1;
     StagePlan stages_[kStages];
-    AlignedBuffer x_, qkv_, attended_, product_, gate_, up_, activated_, parts_, part_statistics_;
-    std::vector<AlignedBuffer> scratch_;
+    AlignedBuffer x_, qkv_, attended_, activated_, parts_, part_statistics_;
+    std::vector<AlignedBuffer> scratch_, results_; // of each thread
     std::unique_ptr<std::atomic<std::size_t>[]> counters_;
     std::size_t counter_count_;
     struct alignas(64) PerThread {
