@@ -8,8 +8,9 @@
 // Several tokens (`multiply_some`): 32 rows of the weight times up to 12 tokens in 24 registers of sums, so that a broadcast of x serves two
 // products and a load of the weight up to twelve.
 //
-// Many tokens: 32 rows of kBlock columns at a time, spread to bytes first (INT2 and INT3 from two tokens on), stay in the first level cache
-// for all tokens.
+// Many tokens: 32 rows of kBlock columns at a time, spread to bytes first (INT2 and INT3 from two tokens on), stay in the second level cache
+// for all tokens. Twelve tokens use a line of the weight for twelve cycles, so that it need not come from the first; shorter blocks, which would
+// stay there, lose more by adding to y more often.
 //
 // This file is compiled for AVX-512 and may only run where it is there: no inline function of another header, nothing of the standard library.
 
@@ -21,7 +22,7 @@ namespace fewbit {
 namespace {
 
 constexpr std::size_t kTokens = 12;       // of a register block
-constexpr std::size_t kBlock = 512;       // columns at once: of 32 rows as bytes, half of the first level cache
+constexpr std::size_t kBlock = 2048;      // columns at once: longer is faster while 32 rows of it, as bytes, leave the second level cache room
 constexpr std::size_t kDirectTokens = 48; // up to here INT4 is not spread
 constexpr std::size_t kPrefetch = 1024;   // bytes ahead in each stream
 constexpr int kStreams = 4;               // tiles side by side at one token
@@ -210,7 +211,7 @@ struct Block {
     std::size_t tile;
     std::size_t token;
     std::size_t first_group, last_group;
-    int start_shift;           // the sums start at starts << it
+    bool sixteenfold;          // the sums start at 16 times x.starts
     float *y;                  // of the first token and row
     std::size_t y_stride;
     std::size_t rows;
@@ -229,21 +230,41 @@ template <int Tiles, int Tokens> inline void put(const Block &block, const float
     }
 }
 
+// Rows that lie `stride` bytes apart: every third has a register, the others are one addressing mode away. A register for each of twelve does not
+// fit beside the rest.
+template <int Rows> struct RowPointers {
+    static constexpr int kBases = (Rows + 2) / 3;
+    const char *bases[kBases];
+    std::size_t stride;
+
+    FEWBIT_INLINE RowPointers(const void *first, std::size_t apart) : stride(apart) {
+        each<kBases>([&](auto i) FEWBIT_INLINE { bases[i.value] = static_cast<const char *>(first) + 3 * i.value * apart; });
+    }
+    template <int Row> FEWBIT_INLINE const char *at(Index<Row>) const { return bases[Row / 3] + (Row % 3) * stride; }
+    FEWBIT_INLINE void advance(std::size_t bytes) {
+        each<kBases>([&](auto i) FEWBIT_INLINE {
+            bases[i.value] += bytes;
+            asm("" : "+r"(bases[i.value])); // or the compiler computes all of them from one
+        });
+    }
+};
+
 template <int Bits, int Tiles, int Tokens> void multiply_block(const IntWeight &w, const Input &x, const Block &block) {
-    const std::size_t x_stride = x.code_stride;
     const bool channel = w.scale_layout == ScaleLayout::channel;
     const std::uint8_t *codes = block.codes;
     alignas(kLineBytes) float totals[Tokens][Tiles * kTileRows] = {};
+    const std::size_t first = block.token * x.groups + block.first_group;
+    RowPointers<Tokens> values(x.codes + block.token * x.code_stride + block.first_group * w.group, x.code_stride);
+    RowPointers<Tokens> starts(x.starts + first, 4 * x.groups), scales(x.scales + first, 4 * x.groups);
     for (std::size_t g = block.first_group; g < block.last_group; ++g) {
         __m512i sums[Tokens][Tiles];
         each<Tokens>([&](auto m) FEWBIT_INLINE {
-            const __m512i start = broadcast4(x.starts + (block.token + m.value) * x.groups + g);
-            const __m512i shifted = _mm512_sll_epi32(start, _mm_cvtsi32_si128(block.start_shift));
-            each<Tiles>([&](auto t) FEWBIT_INLINE { sums[m.value][t.value] = shifted; });
+            __m512i start = broadcast4(starts.at(m));
+            if (block.sixteenfold) start = _mm512_slli_epi32(start, 4);
+            each<Tiles>([&](auto t) FEWBIT_INLINE { sums[m.value][t.value] = start; });
         });
-        const std::int8_t *values = x.codes + block.token * x_stride + g * w.group;
-        const std::int8_t *const end = values + w.group;
-        for (; values != end; values += Bits == 4 ? 8 : 4, codes += kLineBytes) {
+        const std::uint8_t *const end = codes + w.group * kTileRows * Bits / 8;
+        for (; codes != end; values.advance(Bits == 4 ? 8 : 4), codes += kLineBytes) {
             __m512i lines[Tiles], low[Tiles];
             each<Tiles>([&](auto t) FEWBIT_INLINE {
                 const __m512i line = _mm512_load_si512(codes + t.value * block.tile_bytes);
@@ -251,29 +272,37 @@ template <int Bits, int Tiles, int Tokens> void multiply_block(const IntWeight &
                 if constexpr (Bits == 4) lines[t.value] = field(_mm512_srli_epi32(line, 4), 0x0f);
             });
             each<Tokens>([&](auto m) FEWBIT_INLINE {
-                const __m512i some = broadcast4(values + m.value * x_stride);
+                const __m512i some = broadcast4(values.at(m));
                 each<Tiles>([&](auto t) FEWBIT_INLINE { dot_in_place(sums[m.value][t.value], low[t.value], some); });
             });
             if constexpr (Bits == 4) {
                 each<Tokens>([&](auto m) FEWBIT_INLINE {
-                    const __m512i some = broadcast4(values + m.value * x_stride + 4);
+                    const __m512i some = broadcast4(values.at(m) + 4);
                     each<Tiles>([&](auto t) FEWBIT_INLINE { dot_in_place(sums[m.value][t.value], lines[t.value], some); });
                 });
             }
         }
-        each<Tiles>([&](auto t) FEWBIT_INLINE {
-            const __m512 scale = channel ? _mm512_set1_ps(1.0f) : group_scale(w, block.tile + t.value, g);
+        if (!channel && w.zeros != nullptr) {
             each<Tokens>([&](auto m) FEWBIT_INLINE {
-                const std::size_t at = (block.token + m.value) * x.groups + g;
-                __m512i sum = sums[m.value][t.value];
-                if (!channel && w.zeros != nullptr) {
-                    sum = _mm512_sub_epi32(sum, zero_correction(w, block.tile + t.value, g, x.sums + at));
-                }
+                const std::int32_t *sum = x.sums + (block.token + m.value) * x.groups + g;
+                each<Tiles>([&](auto t) FEWBIT_INLINE {
+                    __m512i &all = sums[m.value][t.value];
+                    all = _mm512_sub_epi32(all, zero_correction(w, block.tile + t.value, g, sum));
+                });
+            });
+        }
+        __m512 scale[Tiles];
+        each<Tiles>([&](auto t) FEWBIT_INLINE { scale[t.value] = channel ? _mm512_set1_ps(1.0f) : group_scale(w, block.tile + t.value, g); });
+        each<Tokens>([&](auto m) FEWBIT_INLINE {
+            const __m512 x_scale = _mm512_castsi512_ps(broadcast4(scales.at(m)));
+            each<Tiles>([&](auto t) FEWBIT_INLINE {
                 float *to = totals[m.value] + t.value * kTileRows;
-                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[at]));
-                _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, _mm512_load_ps(to)));
+                const __m512 sum = _mm512_cvtepi32_ps(sums[m.value][t.value]), both = _mm512_mul_ps(scale[t.value], x_scale);
+                _mm512_store_ps(to, _mm512_fmadd_ps(sum, both, _mm512_load_ps(to)));
             });
         });
+        starts.advance(sizeof(std::int32_t));
+        scales.advance(sizeof(float));
     }
     put<Tiles, Tokens>(block, totals);
 }
@@ -353,7 +382,7 @@ void multiply_some(const IntWeight &w, const Input &x, float *y, std::size_t y_s
         block.rows = least(2 * kTileRows, end - first);
         block.y = y + first;
         block.y_stride = y_stride;
-        block.start_shift = Bits == 8 ? 4 : 0;
+        block.sixteenfold = Bits == 8;
         for (std::size_t g = 0; g < w.groups; g += step) {
             block.first_group = g;
             block.last_group = least(g + step, w.groups);
