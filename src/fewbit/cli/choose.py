@@ -25,6 +25,7 @@ from fewbit.cli.options import (
     words,
 )
 from fewbit.cli.output import show, terminal
+from fewbit.errors import UsageError
 
 __all__ = ["app", "decide", "plan", "predict"]
 
@@ -94,6 +95,8 @@ def plan(
     from fewbit.report.plan_table import plan_csv, render_plan
     from fewbit.workflows.plan import plan_model
 
+    if hardware_file is not None and hardware is None:
+        raise UsageError("--hardware-file was given and no device", "name one of its devices with --hardware")
     result = plan_model(
         model,
         scheme=scheme,

@@ -5,6 +5,7 @@ rich and pydantic are imported where they are used, so that `--help` answers at 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["print_json", "progress_bar", "show", "terminal"]
 
 Result = TypeVar("Result")
+_PIPE_COLUMNS = 140
 
 
 @contextmanager
@@ -32,10 +34,11 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def terminal() -> Console:
-    """A console on stdout, as wide as the terminal."""
+    """A console on stdout: as wide as the terminal or COLUMNS; 140 columns in a pipe or a file, which have no width of their own."""
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_PIPE_COLUMNS)
 
 
 def print_json(result: Any) -> None:

@@ -10,7 +10,7 @@ from fewbit.errors import OutputError
 
 __all__ = ["ensure_writable", "write_text"]
 
-_REMEDY = "choose a directory that you can write to with --out"
+_REMEDY = "choose a place that you can write to"
 
 
 def ensure_writable(directory: Path) -> None:
@@ -26,15 +26,23 @@ def ensure_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise OutputError(f"cannot write to {directory}: {error.strerror or error}", _REMEDY) from error
+        raise OutputError(f"cannot write to {directory}: {error.strerror or error}", f"{_REMEDY} with --out") from error
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write UTF-8 `text` to `path`, creating its directory; an older file is replaced in one step.
+    """Write UTF-8 `text` to `path`, creating its directory; an older file is replaced in one step, also behind a symbolic link.
+
+    What is no file (/dev/stdout, a named pipe) is written to as it is: a rename would put a file in its place.
 
     Raises:
         OutputError: the directory or the file cannot be written; no temporary file is left behind.
     """
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a directory", _REMEDY)
+    if path.exists() and (not path.is_file() or path.is_relative_to("/dev") or path.is_relative_to("/proc")):
+        return _write_through(path, text)
+    if path.is_symlink():
+        path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -52,6 +60,15 @@ def write_text(path: Path, text: str) -> Path:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return path
+
+
+def _write_through(path: Path, text: str) -> Path:
+    try:
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", _REMEDY) from error
     return path
 
 
