@@ -62,3 +62,9 @@ def test_a_tile_lies_together() -> None:
 def test_tiles_of_a_view_that_are_apart() -> None:
     wide = torch.arange(4 * 3 * 16, dtype=torch.float32).view(4, 3, 16)[::2]
     assert torch.equal(in_weight_memory({"scales": wide})["scales"], wide)
+
+
+def test_tables_are_copied_as_they_are() -> None:
+    packed = {"tiles": torch.arange(16 * 64, dtype=torch.uint8).view(16, 64), "table": torch.randn(16)}
+    copies = in_weight_memory(packed)
+    assert copies["table"].is_contiguous() and all(torch.equal(copies[name], tensor) for name, tensor in packed.items())

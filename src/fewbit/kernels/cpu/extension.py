@@ -48,19 +48,20 @@ def in_weight_memory(packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     At one token a weight is read from end to end; its scales in a second stream beside its codes would cost bandwidth.
 
     Args:
-        packed: CPU tensors [tiles, ...], at least one.
+        packed: CPU tensors [tiles, ...], and others of one dimension (tables, factors), which are copied as they are.
 
     Returns:
         Views of one memory: tensor i of tile t, then tensor i + 1 of tile t, ..., then tile t + 1, each on a cache line.
     """
+    tiled = {name: tensor for name, tensor in packed.items() if tensor.dim() > 1}
+    views = {name: tensor.clone() for name, tensor in packed.items() if name not in tiled}
     starts, stride = {}, 0
-    for name, tensor in packed.items():
+    for name, tensor in tiled.items():
         starts[name] = stride
         stride += -(-tensor[:1].nbytes // _LINE_BYTES) * _LINE_BYTES
-    tiles = next(iter(packed.values())).shape[0]
+    tiles = max((tensor.shape[0] for tensor in tiled.values()), default=0)
     memory = from_dlpack(native.weight_memory(tiles * stride))
-    views = {}
-    for name, tensor in packed.items():
+    for name, tensor in tiled.items():
         size = tensor.element_size()
         inner = tensor[:1].contiguous().stride()[1:]
         views[name] = memory.view(tensor.dtype).as_strided(tensor.shape, (stride // size, *inner), starts[name] // size)
