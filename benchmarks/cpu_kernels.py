@@ -100,6 +100,11 @@ class Kernels:
         kept = json.loads(results.read_text(encoding="utf-8")) if results is not None and results.is_file() else {}
         self._done = {name: Measured.from_json(case) for name, case in kept.items()}
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The cases that are measured already."""
+        return tuple(self._done)
+
     def case(self, name: str) -> Measured:
         """The case's measurements; a table of them is printed when they are made."""
         if name not in self._done:
@@ -180,6 +185,26 @@ def table(name: str, measured: Measured) -> str:
     return "\n".join([*lines, *(f"  {contender:<24} {reason}" for contender, reason in measured.reasons.items())])
 
 
+def markdown(kernels: Kernels, contenders: tuple[str, ...] = _SINGLE) -> str:
+    """The kept cases as a table: microseconds of one product; at one token the share of the read bandwidth behind it."""
+    cases = [name for name in CASES if name in kernels.kept]
+    lines = ["| microseconds (share of the read bandwidth) |" + "".join(f" {name} |" for name in cases), "| --- |" + " ---: |" * len(cases)]
+    lines.append("| reads, GB/s |" + "".join(f" {kernels.case(name).bandwidth:.1f} |" for name in cases))
+    for contender in contenders:
+        cells = []
+        for name in cases:
+            measured = kernels.case(name)
+            try:
+                cell = f"{measured.seconds(contender) * 1e6:,.0f}"
+                cell += f" ({measured.share(contender):.2f})" if name.startswith("m1-") else ""
+            except NotMeasuredError:
+                cell = "-"
+            cells.append(cell)
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {contender} |" + "".join(f" {cell} |" for cell in cells))
+    return "\n".join(lines)
+
+
 def _ahead(measured: Measured) -> float:
     """Time that the bar of INT4 at M = 1 allows, over fewbit's: 1.05x the best peer or 0.97 of bandwidth; 1.15x where memory is fast."""
     best = measured.best(PEERS_AT_4_BITS)
@@ -222,10 +247,14 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="keep the measured cases in FILE; those that it has are not measured again"
     )
+    parser.add_argument("--table", action="store_true", help="print what --results has as Markdown and measure nothing")
     parser.add_argument("--hold", action="store_true", help="wait for a line on standard input before the passes of each case")
     add_arguments(parser)
     arguments = parser.parse_args()
     kernels = Kernels(arguments.threads, arguments.passes, arguments.limit, arguments.results, arguments.hold)
+    if arguments.table:
+        print(markdown(kernels))
+        return 0
     return run_bars(bars(kernels, arguments.only), list_only=arguments.list, json_file=arguments.json)
 
 

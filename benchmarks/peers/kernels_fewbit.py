@@ -13,7 +13,7 @@ import fewbit
 from fewbit import _native
 from fewbit.formats.spec import SCHEMES, QuantSpec
 from fewbit.kernels.base import Compute, KernelRequest
-from fewbit.kernels.cpu.extension import use_torch_threads
+from fewbit.kernels.cpu.extension import in_weight_memory, use_torch_threads
 from fewbit.kernels.dispatch import select
 from fewbit.methods.rtn import rtn
 
@@ -47,7 +47,8 @@ def _linears(case: dict[str, Any], dense: torch.Tensor) -> tuple[list[_native.Li
     )
     selection = select(request)
     weight = rtn(dense, spec)
-    packs = [selection.kernel.pack(weight, request) for _ in copies]
+    first = selection.kernel.pack(weight, request)
+    packs = [first, *(in_weight_memory(first) for _ in copies[1:])]
     linears = [linear for linear in (selection.kernel.native(packed, request) for packed in packs) if linear is not None]
     if not linears:
         raise RuntimeError(f"{selection.kernel.name} is not a kernel of fewbit's own: {selection.passed_over}")
