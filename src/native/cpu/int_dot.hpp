@@ -17,7 +17,7 @@
 // ever crosses lanes. Rows and columns are padded, x with zeros.
 //
 // Codes, scales and zero points of a tile lie wherever the strides say; `cpu.tiles` in Python puts them one behind the other, so that a range of
-// rows is one stream of memory: a stream of scales beside that of codes cost 4 % of the bandwidth at one token.
+// rows is one stream of memory.
 
 #pragma once
 

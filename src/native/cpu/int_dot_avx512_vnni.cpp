@@ -2,8 +2,8 @@
 //
 // One token (`multiply_one`) reads weights from memory once, and the loop must not be slower than memory. INT4 costs two masks and two dot
 // products a line: the upper nibbles are not shifted down, their sums come out sixteen times too large and are shifted once per group. Four tiles
-// are read side by side, two or three lines of each in turn: several streams that advance together are what the prefetchers of the second-level
-// cache keep up with best (one stream after the other: 0.8 of the bandwidth, in turns 0.97), and a broadcast of x serves all four.
+// are read side by side, two or three lines of each in turn: the prefetchers of the second-level cache keep up with several streams that advance
+// together better than with one after the other, and a broadcast of x serves all four.
 //
 // Several tokens (`multiply_some`): 32 rows of the weight times up to 12 tokens in 24 registers of sums, so that a broadcast of x serves two
 // products and a load of the weight up to twelve.
