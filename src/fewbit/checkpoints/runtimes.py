@@ -230,4 +230,4 @@ def _gguf_kind(path: Path) -> str:
     if not counts:
         raise CheckpointError(f"'{path}' has no tensors of blocks", "download or write it again")
     most = counts.most_common(1)[0][0]
-    return f"gguf-{'f16' if most in ('f16', 'bf16', 'f32') else most}"
+    return f"gguf-{'f16' if most == 'f32' else most}"
