@@ -22,7 +22,7 @@ from pathlib import Path
 __all__ = ["PEERS", "TORCH", "interpreter", "lock_file"]
 
 TORCH = "torch==2.13.0"
-PEERS = ("llmcompressor", "gptqmodel", "autoround", "hqq")
+PEERS = ("llmcompressor", "gptqmodel", "autoround", "hqq", "modelopt")
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent / ".peers"
 _STAMP = ".installed"

@@ -168,6 +168,10 @@ CASES: dict[str, Callable[[Path, Path], dict[str, torch.Tensor]]] = {
     "autoround-awq": lambda m, o: autoround(m, o, "auto_awq"),
     "autoround": lambda m, o: autoround(m, o, "auto_round"),
     "modelopt-fp8": lambda m, o: modelopt(m, o, "FP8_DEFAULT_CFG"),
+    "modelopt-fp8-pc": lambda m, o: modelopt(m, o, "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
+    "modelopt-fp8-block": lambda m, o: modelopt(m, o, "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
+    "modelopt-int4": lambda m, o: modelopt(m, o, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
+    "modelopt-w4a16-nvfp4": lambda m, o: modelopt(m, o, "W4A16_NVFP4_CFG"),
     "modelopt-nvfp4": lambda m, o: modelopt(m, o, "NVFP4_DEFAULT_CFG"),
 }
 

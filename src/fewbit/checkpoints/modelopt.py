@@ -136,7 +136,8 @@ class ModelOptLayout(Layout):
             "quant_method": "modelopt",
         }
         if scheme.weights == _NVFP4:
-            fields["group_size"] = 16
+            four = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+            fields["config_groups"] = {"group_0": {"weights": four, "targets": ["Linear"]}}
         if fields["quant_algo"] == "FP8":
             eight = {"dynamic": False, "num_bits": 8, "type": "float"}
             fields["config_groups"] = {"group_0": {"input_activations": eight, "weights": eight, "targets": ["Linear"]}}
