@@ -3,12 +3,14 @@
 Two things are known to the predictions: what `fewbit bench --machine` measured (rates of the kernels and of attention, from weights and
 caches made for the purpose, none of them a model's), and the BF16 decode time at batch 1 and the shortest context. From these, decode of
 BF16, INT8 (W8A16) and INT4 (W4A16) is predicted on the grid batch x context, and measured: the three are resident together and take steps
-in turns, and the BF16 step at batch 1 takes its turn beside them, because the memory bandwidth of a virtual machine drifts by tens of
-percent within an hour. Random weights in the published shapes; a slice of the layers runs, scaled to the whole stack (`bench.scaling`).
+in turns. The grid is measured in pieces, one model and batch each. The memory bandwidth of a virtual machine drifts by tens of percent
+within an hour, and its cores' speed by as much; so each piece measures the machine first (the kernels that it will run, a quarter of a
+minute), and the BF16 step at batch 1 takes its turn beside the others. Random weights in the published shapes; a slice of the layers runs
+and each step is scaled to the whole stack (`bench.scaling`).
 
-    python benchmarks/predict_here.py                                  # everything: the machine, then each model and batch; an hour or two
+    python benchmarks/predict_here.py                                  # everything, about half an hour
     python benchmarks/predict_here.py --pieces                         # names of the pieces
-    python benchmarks/predict_here.py --measure qwen2.5-0.5b/exact/8   # one piece, under two minutes, kept in --results
+    python benchmarks/predict_here.py --measure qwen2.5-0.5b/exact/8   # one piece, a minute, kept in --results
     python benchmarks/predict_here.py --kept                           # tables and bars from what is kept
 
 Bars: the median error over INT8 and INT4, and the number of pairs of variants that differ by more than 10 % and were ranked wrongly.
@@ -56,7 +58,6 @@ from fewbit.workflows.bench import bench_machine
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b")
 SCHEMES = ("BF16", "W8A16", "W4A16")
-MACHINE = "machine"
 _RESULTS = Path(__file__).parent / "results" / "predict_here.json"
 _DIFFERENT = 1.1
 _SETTLING = 2
@@ -173,25 +174,24 @@ class Kept:
 
 
 def piece_names(options: argparse.Namespace) -> list[str]:
-    """The machine first, then model/compute/batch."""
-    grid = [f"{model}/{compute}/{batch}" for compute in options.computes for model in options.models for batch in options.batches]
-    return [MACHINE, *grid]
+    """model/compute/batch."""
+    return [f"{model}/{compute}/{batch}" for compute in options.computes for model in options.models for batch in options.batches]
 
 
 def measure(name: str, options: argparse.Namespace, kept: Kept) -> None:
-    """Measure one piece and keep it."""
-    if name == MACHINE:
-        kept.keep(name, {"result": asdict(bench_machine())})
-        return
+    """Measure the machine and then one piece, and keep both."""
     model, compute, batch = name.split("/")
-    kept.keep(name, measure_piece(model, compute, int(batch), options))
+    kernels = [("BF16", "exact"), *((scheme, compute_mode(compute)) for scheme in SCHEMES[1:])]
+    machine = bench_machine(kernels=kernels)  # type: ignore[arg-type]
+    kept.keep(name, {"machine": asdict(machine), **measure_piece(model, compute, int(batch), options)})
 
 
-def predict_piece(name: str, piece: dict[str, Any], machine: MachineResult) -> list[Step]:
-    """Every step of a piece from its BF16 step at batch 1."""
+def predict_piece(name: str, piece: dict[str, Any]) -> list[Step]:
+    """Every step of a piece from the machine's rates and its BF16 step at batch 1."""
     model, compute, batch = name.split("/")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     anchor = MeasuredPoint(StepPoint(context=piece["anchor_context"]), piece["anchor_ms"])
+    machine = TypeAdapter(MachineResult).validate_python(piece["machine"])
     hardware = measured_hardware(machine, memory, compute=compute)
     predictor = Predictor(hardware, outline_of(read_inventory(model)), [anchor])
     steps = []
@@ -231,8 +231,7 @@ def _bars(options: argparse.Namespace, kept: Kept) -> list[Bar]:
             raise NotMeasuredError(f"not measured yet: {', '.join(missing)}")
         for name in missing:
             measure(name, options, kept)
-        machine = TypeAdapter(MachineResult).validate_python(kept.pieces[MACHINE]["result"])
-        steps = [step for name in piece_names(options)[1:] for step in predict_piece(name, kept.pieces[name], machine)]
+        steps = [step for name in piece_names(options) for step in predict_piece(name, kept.pieces[name])]
         print_table(steps)
         inside = sum(step.inside for step in steps) / len(steps)
         print(f"{inside:.0%} of {len(steps)} times lie in their 90 % intervals")

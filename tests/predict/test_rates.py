@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ MEMORY_PS = {"BF16": 16 / 8 * 1e3 / BANDWIDTH, "W8A16": 8 / 8 * 1e3 / BANDWIDTH,
 
 def kernel(scheme: str, bits: float, memory_ps: float, row_ps: float, compute: str = "exact") -> KernelRate:
     tokens = [1, 8, 64]
-    return KernelRate(scheme, compute, f"cpu-{scheme}", bits, tokens, [max(memory_ps, row_ps * m) for m in tokens])
+    return KernelRate(scheme, compute, f"cpu-{scheme}", bits, 1024, tokens, [max(memory_ps, row_ps * m) for m in tokens])
 
 
 RATES = EngineRates(
@@ -92,16 +93,30 @@ def test_int8_inputs_are_another_kernel() -> None:
 def test_rates_are_interpolated_in_the_logarithms_and_grow_beyond_the_last() -> None:
     rates = Rates(RATES)
     rate = rates.kernel("W4A16")
-    assert rate is not None
 
     def whole(tokens: float) -> float:
-        memory, rest = rates.split(rate, tokens)
-        return float((memory**2 + rest**2) ** 0.5)
+        return math.hypot(*rates.split(rate, tokens, 1024))
 
     assert whole(1) == pytest.approx(14.0)
     assert whole(8 * 8**0.5) == pytest.approx((112 * 896) ** 0.5)
     assert whole(640) == pytest.approx(8960.0)
     assert rates.peak_tera(rate) == pytest.approx(2 / 14)
+
+
+def test_columns_weigh_in_by_what_is_done_once_per_result() -> None:
+    wide = [replace(rate, columns=4096, ps_per_weight=[ps / 2 for ps in rate.ps_per_weight]) for rate in RATES.kernels]
+    rates = Rates(replace(RATES, kernels=[*RATES.kernels, *wide]))
+    rate = rates.kernel("BF16")
+
+    def whole(columns: int) -> float:
+        return math.hypot(*rates.split(rate, 8, columns))
+
+    assert [one.columns for one in rate] == [1024, 4096]
+    assert whole(1024) == pytest.approx(160.0)
+    assert whole(4096) == pytest.approx(80.0)
+    assert whole(2048) == pytest.approx(80.0 + 80.0 / 3)
+    assert whole(512) == pytest.approx(160.0 + 80.0 * 4 / 3)
+    assert whole(10**9) == pytest.approx(0.8 * 80.0)  # never far below what was seen
 
 
 def test_attention_between_heads_and_dimensions() -> None:
@@ -116,8 +131,8 @@ def test_attention_between_heads_and_dimensions() -> None:
 
 def test_a_format_nobody_measured_falls_back_to_its_bytes() -> None:
     rates = Rates(RATES)
-    assert rates.kernel("W2A16") is None
-    assert (rates.kernel("W4A16-G32") or kernel("none", 0, 0, 0)).scheme == "W4A16"
+    assert rates.kernel("W2A16") == ()
+    assert [rate.scheme for rate in rates.kernel("W4A16-G32")] == ["W4A16"]
     few, more = (predictor().predict(StepPoint(scheme=scheme, context=1)).milliseconds.value for scheme in ("W2A16", "W8A16"))
     assert 0 < few < more
 

@@ -14,16 +14,19 @@ The caches together are larger than the last-level cache, as those of a real bat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 from fewbit.bench.kernel_rates import MEASURED_KERNELS, RatePlan, measure_kernel_rates
 from fewbit.bench.machine import measure_read_bandwidth
 from fewbit.bench.undisturbed import Passes
+from fewbit.kernels.base import Compute
 from fewbit.kernels.cpu.extension import missing_native, native, use_torch_threads
-from fewbit.results import AttentionRate, EngineRates, KernelRate
+from fewbit.results import AttentionRate, EngineRates
 
 __all__ = ["AttentionPlan", "measure_engine_rates"]
 
@@ -31,7 +34,7 @@ __all__ = ["AttentionPlan", "measure_engine_rates"]
 _OPERATORS_PER_LAYER, _OPERATORS_OUTSIDE = 12, 4
 _CACHES = {"BF16": ("none", 0), "KV-INT8": ("int8", 0), "KV-FP8": ("fp8", 0), "KV-INT4": ("int4", 32)}
 _VOCABULARY = 64
-_PASSES = 7
+_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -45,30 +48,36 @@ class AttentionPlan:
     sequences: int = 8
     tokens: int = 4096
     prompt: int = 1024
+    rounds: int = 3
 
 
-def measure_engine_rates(*, quick: bool = False, progress: Callable[[int, int, str], None] | None = None) -> EngineRates | None:
-    """Rates of this machine's CPU kernels and engine, about half a minute; None without the native extension.
+_QUICK_KERNELS = RatePlan((1, 8, 64), (128, 256), 1 << 17, 256, cache_share=0.0, rounds=1, budget_s=0.0)
+_QUICK_ATTENTION = AttentionPlan((64,), (1, 4), 1, 2, 1, 256, 128, 1)
+
+
+def measure_engine_rates(
+    *,
+    quick: bool = False,
+    kernels: Sequence[tuple[str, Compute]] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> EngineRates | None:
+    """Rates of this machine's CPU kernels and engine, about a minute; None without the native extension.
 
     Args:
-        quick: one format, one geometry and small sizes, for tests.
+        quick: small sizes and one geometry of attention, for tests.
+        kernels: (scheme, compute mode) to measure; all of `MEASURED_KERNELS` when None.
         progress: called with (steps done, steps in all, what is next).
     """
     if missing_native() is not None:
         return None
     say = progress or (lambda *_: None)
-    kernel_plan = RatePlan(tokens=(1, 8, 64), columns=256, rows=512, few_rows=256, cache_share=0.0, budget_s=0.0) if quick else RatePlan()
-    attention_plan = AttentionPlan((64,), (1, 4), 1, 2, 1, 256, 128) if quick else AttentionPlan()
-    kernels = MEASURED_KERNELS[:3] if quick else MEASURED_KERNELS
+    kernels = MEASURED_KERNELS if kernels is None else kernels
     total = len(kernels) + 2
     say(0, total, "bandwidth")
     before = measure_read_bandwidth(passes=1 if quick else 4)[0]
-    rates: list[KernelRate] = []
-    for done, (scheme, compute) in enumerate(kernels):
-        say(1 + done, total, f"kernel of {scheme}, {compute}")
-        rates += measure_kernel_rates([(scheme, compute)], kernel_plan)
+    rates = measure_kernel_rates(kernels, _QUICK_KERNELS if quick else RatePlan(), lambda done, what: say(1 + done, total, what))
     say(total - 1, total, "attention")
-    attention = list(_attention(attention_plan))
+    attention = _attention(_QUICK_ATTENTION if quick else AttentionPlan())
     operator_us, ns_per_activation = _overhead(quick=quick)
     after = measure_read_bandwidth(passes=1 if quick else 4)[0]
     return EngineRates((before + after) / 2, use_torch_threads(), rates, attention, operator_us, ns_per_activation)
@@ -145,17 +154,21 @@ def _zeros(rows: int, columns: int) -> native.Linear:
     return native.dense_linear(torch.zeros(rows, columns, dtype=torch.bfloat16))
 
 
-def _attention(plan: AttentionPlan) -> Iterator[AttentionRate]:
+def _attention(plan: AttentionPlan) -> list[AttentionRate]:
+    """Every geometry in rounds, for the same reason as the kernels; the median of the rounds."""
     use_torch_threads()
-    for dim in plan.dims:
-        for group in plan.groups:
-            model = _attention_model(plan, dim, group, "BF16")
-            yield AttentionRate("decode", "BF16", dim, group, _per_token(model, plan))
-            new = plan.prompt // 2
-            pairs = new * (plan.prompt - new) + new * (new + 1) / 2
-            yield AttentionRate("prefill", "BF16", dim, group, 1e6 * model.prefill(plan.prompt - new, new) / pairs / _heads(plan))
-        for cache in list(_CACHES)[1:]:
-            yield AttentionRate("decode", cache, dim, 1, _per_token(_attention_model(plan, dim, 1, cache), plan))
+    found: dict[tuple[str, str, int, int], list[float]] = defaultdict(list)
+    new, before = plan.prompt // 2, plan.prompt - plan.prompt // 2
+    pairs = new * before + new * (new + 1) / 2
+    for _ in range(plan.rounds):
+        for dim in plan.dims:
+            for group in plan.groups:
+                model = _attention_model(plan, dim, group, "BF16")
+                found["decode", "BF16", dim, group].append(_per_token(model, plan))
+                found["prefill", "BF16", dim, group].append(1e6 * model.prefill(before, new) / pairs / (plan.layers * plan.kv_heads))
+            for cache in list(_CACHES)[1:]:
+                found["decode", cache, dim, 1].append(_per_token(_attention_model(plan, dim, 1, cache), plan))
+    return [AttentionRate(*key, median(values)) for key, values in found.items()]
 
 
 def _attention_model(plan: AttentionPlan, dim: int, group: int, cache: str) -> _Model:
@@ -163,14 +176,10 @@ def _attention_model(plan: AttentionPlan, dim: int, group: int, cache: str) -> _
     return _Model(plan.layers, heads, plan.kv_heads, dim, 64, 64, plan.sequences, plan.tokens + 1, cache)
 
 
-def _heads(plan: AttentionPlan) -> int:
-    return plan.layers * plan.kv_heads
-
-
 def _per_token(model: _Model, plan: AttentionPlan) -> float:
     """Nanoseconds per cached token and key head; what a step costs over an empty cache belongs to the overhead."""
     long, short = (model.decode(length, plan.sequences, _PASSES)[0] for length in (plan.tokens, 1))
-    return 1e6 * max(long - short, 0.0) / (_heads(plan) * plan.sequences * (plan.tokens - 1))
+    return 1e6 * max(long - short, 0.0) / (plan.layers * plan.kv_heads * plan.sequences * (plan.tokens - 1))
 
 
 def _overhead(*, quick: bool) -> tuple[float, float]:

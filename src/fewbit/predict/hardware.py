@@ -196,9 +196,9 @@ def measured_hardware(machine: MachineResult, memory_bytes: int, label: str = "t
     if rates is not None:
         bandwidth = rates.measured.read_bandwidth_gb_s
         for name, scheme in (("bf16", "BF16"), ("int8", "W8A8")):
-            rate = rates.kernel(scheme)
-            if rate is not None and rate.scheme == scheme:
-                peaks[name] = max(peaks.get(name, 0.0), rates.peak_tera(rate))
+            found = rates.kernel(scheme)
+            if found:
+                peaks[name] = max(peaks.get(name, 0.0), rates.peak_tera(found))
     return Hardware(
         name="this-machine",
         label=label,

@@ -1,10 +1,10 @@
 """Rates of a measured machine as a model of its products and its attention (`fewbit bench --machine`, `bench.kernel_rates`).
 
-A kernel's time per weight t(M) over M tokens was measured at a few M, at a memory bandwidth b. Between them it is interpolated in the
-logarithms; beyond the largest it grows with M. To say what another bandwidth would make of it, it is split into what memory alone takes and
-the rest,
+A kernel's time per weight t(M, K) over M tokens and K columns was measured at a few M and two K, at a memory bandwidth b. Between them it
+is interpolated in the logarithms of M; beyond the largest it grows with M; it is linear in 1 / K, the share of what is done once a result.
+To say what another bandwidth would make of it, it is split into what memory alone takes and the rest,
 
-    m = bits / 8 / b             r(M) = sqrt(t(M)^2 - m^2)             t'(M) = sqrt((m / memory)^2 + (r(M) / compute)^2)
+    m = bits / 8 / b             r = sqrt(t^2 - m^2)             t' = sqrt((m / memory)^2 + (r / compute)^2)
 
 with `memory` and `compute` the calibrated factors of `efficiency.Factors`, 1 when nothing has changed since. The square root of squares
 stands for an overlap that is good far from the bend and imperfect at it.
@@ -27,6 +27,7 @@ from fewbit.results import AttentionRate, EngineRates, KernelRate
 __all__ = ["Rates"]
 
 _BASELINE = "BF16"
+_LEAST_SHARE = 0.8  # of the fastest measured time, for columns beyond the measured ones
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,32 @@ class Rates:
         """Nanoseconds for each number that goes into or comes out of a product."""
         return self.measured.ns_per_activation
 
-    def kernel(self, scheme: str) -> KernelRate | None:
-        """The rate of the kernel that runs a scheme: its own, else one of the same number format and the same kind of inputs; None when
-        nothing like it was measured."""
+    def kernel(self, scheme: str) -> tuple[KernelRate, ...]:
+        """The rates of the kernel that runs a scheme, by columns: its own, else those of one for the same number format and the same kind
+        of inputs; empty when nothing like it was measured."""
         wanted = _grid(scheme)
         same = [rate for rate in self.measured.kernels if rate.scheme == scheme.upper()]
-        like = [rate for rate in self.measured.kernels if _grid(rate.scheme) == wanted]
-        for rates in (same, like):
-            chosen = next((rate for rate in rates if rate.compute == self.compute), rates[0] if rates else None)
-            if chosen is not None:
-                return chosen
-        return None
+        like = same or [rate for rate in self.measured.kernels if _grid(rate.scheme) == wanted]
+        like = [rate for rate in like if rate.compute == self.compute] or like
+        first = like[0] if like else None
+        chosen = [rate for rate in like if first and (rate.scheme, rate.compute) == (first.scheme, first.compute)]
+        return tuple(sorted(chosen, key=lambda rate: rate.columns))
 
-    def split(self, rate: KernelRate, tokens: float) -> tuple[float, float]:
-        """(picoseconds per weight that memory takes, that the rest takes) of a product with so many rows."""
-        whole = _interpolated(rate.tokens, rate.ps_per_weight, tokens)
-        memory = min(rate.bits / 8 * 1e3 / self.measured.read_bandwidth_gb_s, whole)
+    def split(self, rates: Sequence[KernelRate], tokens: float, columns: float) -> tuple[float, float]:
+        """(picoseconds per weight that memory takes, that the rest takes) of a product of so many rows with a weight of so many columns.
+
+        Args:
+            rates: what `kernel` found, at least one.
+        """
+        points = [(1.0 / rate.columns, _interpolated(rate.tokens, rate.ps_per_weight, tokens)) for rate in reversed(rates)]
+        least = min(ps for _, ps in points)
+        whole = points[0][1] if len(points) == 1 else max(_line(points, 1.0 / columns), _LEAST_SHARE * least)
+        memory = min(rates[0].bits / 8 * 1e3 / self.measured.read_bandwidth_gb_s, whole)
         return memory, math.sqrt(whole**2 - memory**2)
 
-    def peak_tera(self, rate: KernelRate) -> float:
+    def peak_tera(self, rates: Sequence[KernelRate]) -> float:
         """The most operations of a kernel, 1e12 per second."""
-        return max(2.0 * tokens / ps for tokens, ps in zip(rate.tokens, rate.ps_per_weight, strict=True))
+        return max(2.0 * tokens / ps for rate in rates for tokens, ps in zip(rate.tokens, rate.ps_per_weight, strict=True))
 
     def attention_ns(self, phase: str, cache: str, head_dim: int, group: float) -> float | None:
         """Nanoseconds of attention per cached token (prefill: per pair of tokens) and key head; None when nothing was measured."""

@@ -72,7 +72,7 @@ class Work:
         operations: multiplications and additions. bits: of a stored weight, which says how fast it is read.
         number_format: in which it is multiplied. unpacked: weights that are dequantized inside the product, each as often as it is.
         operators: launches.
-        weights: that are read. kernel: the scheme whose kernel multiplies them; empty for what is no product with weights.
+        weights: that are read. columns: of their matrices. kernel: the scheme whose kernel multiplies them; empty without weights.
         attended: of attention.
     """
 
@@ -87,6 +87,7 @@ class Work:
     unpacked: float = 0.0
     operators: int = 0
     weights: float = 0.0
+    columns: int = 1
     kernel: str = ""
     attended: tuple[Attended, ...] = ()
 
@@ -208,6 +209,7 @@ def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: i
         unpacked=group.weights * read * -(-tokens // UNPACK_ROWS) if path == "fused" and tokens > GEMV_ROWS else 0.0,
         operators=group.launches * (2 if path == "unfused" else 1),
         weights=group.weights * read,
+        columns=group.columns,
         kernel=scheme.name if path in ("fused", "native") else "BF16",
     )
 
@@ -313,10 +315,10 @@ def _by_rates(one: Work, hardware: Hardware, factors: Factors) -> _Parts | None:
             f"{sum(a.units for a in one.attended):.4g} tokens x key heads in {busy:.4g} ms + {one.operators} x {factors.operator_us:.3g} us"
         )
         return None if any(ns is None for _, ns in known) else _Parts(moving, computing, busy, 0.0, launching, floor, text)
-    rate = rates.kernel(one.kernel) if one.kernel else None
-    if rate is None:
+    kernel = rates.kernel(one.kernel) if one.kernel else ()
+    if not kernel:
         return None
-    memory, rest = rates.split(rate, one.operations / (2 * one.weights))
+    memory, rest = rates.split(kernel, one.operations / (2 * one.weights), one.columns)
     memory *= rates.measured.read_bandwidth_gb_s / hardware.bandwidth_gb_s  # 1, unless another bandwidth was asked for
     speed = _read_speed(one.bits, factors)
     compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0)
@@ -324,9 +326,9 @@ def _by_rates(one: Work, hardware: Hardware, factors: Factors) -> _Parts | None:
     between = one.activation_bytes / _ACTIVATION_BYTES * rates.ns_per_activation / 1e6
     copying = one.copy_bytes / (factors.copy * bandwidth)
     busy = math.hypot(moving, computing)
-    text = f"hypot({moving:.4g} ms memory, {computing:.4g} ms compute) of {rate.kernel} + {between + copying:.4g} ms passes"
+    text = f"hypot({moving:.4g} ms memory, {computing:.4g} ms compute) of {kernel[0].kernel} + {between + copying:.4g} ms passes"
     text += _launches(one, factors)
-    floor = max(one.weight_bytes / bandwidth, one.operations / (rates.peak_tera(rate) * 1e9))
+    floor = max(one.weight_bytes / bandwidth, one.operations / (rates.peak_tera(kernel) * 1e9))
     return _Parts(moving, computing, busy, between + copying, launching, floor, text)
 
 

@@ -64,10 +64,11 @@ def _render_rates(rates: EngineRates, console: Console) -> None:
     table = Table(title="Picoseconds per weight and product", caption=caption, title_justify="left", caption_justify="left")
     table.add_column("kernel")
     table.add_column("scheme")
+    table.add_column("columns", justify="right")
     for count in tokens:
         table.add_column(f"{count} token{'s' if count > 1 else ''}", justify="right")
     for rate in rates.kernels:
-        table.add_row(rate.kernel, rate.scheme, *(f"{ps:.3g}" for ps in rate.ps_per_weight))
+        table.add_row(rate.kernel, rate.scheme, str(rate.columns), *(f"{ps:.3g}" for ps in rate.ps_per_weight))
     console.print(table)
     title = "Nanoseconds of attention per cached token and key head (prefill: per pair of tokens)"
     caption = f"besides, {rates.operator_us:.3g} us per operator and {rates.ns_per_activation:.3g} ns per activation"

@@ -15,7 +15,7 @@ class KernelRate:
 
     Attributes:
         scheme: a preset of `formats.spec.SCHEMES`. compute: `exact` or `int8-activations`. kernel: its name.
-        bits: that a weight takes, scales included.
+        bits: that a weight takes, scales included. columns: input features of the weights.
         tokens: rows of the inputs, ascending. ps_per_weight: picoseconds of a product over the weights, for each number of tokens.
     """
 
@@ -23,6 +23,7 @@ class KernelRate:
     compute: str
     kernel: str
     bits: float
+    columns: int
     tokens: list[int]
     ps_per_weight: list[float]
 

@@ -8,6 +8,7 @@ print(results.rows[-1].latency.speedup_over_bf16)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fewbit.bench.machine import measure_machine
 from fewbit.bench.memory import PeakMeter
 from fewbit.errors import UsageError
 from fewbit.formats.spec import get_scheme
+from fewbit.kernels.base import Compute
 from fewbit.results import BenchResults, MachineResult
 from fewbit.runtime.load import check_fits
 from fewbit.workflows.environment import environment
@@ -25,13 +27,14 @@ from fewbit.workflows.variants import BASELINE, Variant, with_options
 __all__ = ["bench", "bench_machine"]
 
 
-def bench_machine(progress: ProgressCallback | None = None) -> MachineResult:
-    """Read bandwidth, GEMM rate, time per operator of this machine, and the rates of the kernels that run; about 40 seconds.
+def bench_machine(progress: ProgressCallback | None = None, *, kernels: Sequence[tuple[str, Compute]] | None = None) -> MachineResult:
+    """Read bandwidth, GEMM rate, time per operator of this machine, and the rates of the kernels that run; about a minute.
 
     Args:
         progress: called with (steps done, steps in all, what is next).
+        kernels: (scheme, compute mode) to measure; everything that fewbit has a kernel of its own for when None.
     """
-    return replace(measure_machine(), rates=measure_engine_rates(progress=progress))
+    return replace(measure_machine(), rates=measure_engine_rates(kernels=kernels, progress=progress))
 
 
 def bench(
