@@ -4,9 +4,9 @@ Two things are known to the predictions: what `fewbit bench --machine` measured 
 caches made for the purpose, none of them a model's), and the BF16 decode time at batch 1 and the shortest context. From these, decode of
 BF16, INT8 (W8A16) and INT4 (W4A16) is predicted on the grid batch x context, and measured: the three are resident together and take steps
 in turns. The grid is measured in pieces, one model and batch each. The memory bandwidth of a virtual machine drifts by tens of percent
-within an hour, and its cores' speed by as much; so each piece measures the machine first (the kernels that it will run, a quarter of a
-minute), and the BF16 step at batch 1 takes its turn beside the others. Random weights in the published shapes; a slice of the layers runs
-and each step is scaled to the whole stack (`bench.scaling`).
+within minutes, and its cores' speed by as much; so each piece measures the machine right before its steps and right after them (the kernels
+that it runs; rates are the means of the two), and the BF16 step at batch 1 takes its turn beside the others. Random weights in the published
+shapes; a slice of the layers runs and each step is scaled to the whole stack (`bench.scaling`).
 
     python benchmarks/predict_here.py                                  # everything, about half an hour
     python benchmarks/predict_here.py --pieces                         # names of the pieces
@@ -25,12 +25,12 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ from _bars import Bar, NotMeasuredError, add_arguments, run_bars
 from pydantic import TypeAdapter
 
 from fewbit import __version__
-from fewbit.bench.machine import measure_read_bandwidth
 from fewbit.bench.scaling import LayerScale
 from fewbit.bench.undisturbed import Passes
 from fewbit.checkpoints.sources import RandomSource
@@ -134,7 +133,8 @@ def measure_piece(model: str, compute: str, batch: int, options: argparse.Namesp
         anchor.step()
     kv = variants["BF16"].runner.new_cache(contexts[0] + 1, batch)
     kv.fill_for_timing(contexts[0])
-    before = measure_read_bandwidth(passes=2)[0]
+    kernels = [("BF16", "exact"), *((scheme, compute_mode(compute)) for scheme in SCHEMES[1:])]
+    machine = [bench_machine(kernels=kernels)]  # type: ignore[arg-type]
     steps: dict[str, dict[str, float]] = {}
     kept: dict[str, dict[str, list[int]]] = {}
     for context in contexts:
@@ -151,10 +151,10 @@ def measure_piece(model: str, compute: str, batch: int, options: argparse.Namesp
         steps[str(context)] = {scheme: passes.median() for scheme, passes in times.items()}
         kept[str(context)] = {scheme: [len(passes.undisturbed()), len(passes)] for scheme, passes in times.items()}
         print(f"{model} {compute} batch {batch} context {context}: {steps[str(context)]}", flush=True)
-    bandwidth = (before + measure_read_bandwidth(passes=2)[0]) / 2
+    machine.append(bench_machine(kernels=kernels))  # type: ignore[arg-type]
     return {
-        "anchor_context": contexts[-1], "anchor_ms": anchor.times.median(), "read_bandwidth_gb_s": bandwidth, "steps": steps,
-        "counted_of_passes": kept, "layers": options.layers,
+        "anchor_context": contexts[-1], "anchor_ms": anchor.times.median(), "steps": steps, "counted_of_passes": kept,
+        "layers": options.layers, "machine": [asdict(one) for one in machine],
     }  # fmt: skip
 
 
@@ -179,11 +179,35 @@ def piece_names(options: argparse.Namespace) -> list[str]:
 
 
 def measure(name: str, options: argparse.Namespace, kept: Kept) -> None:
-    """Measure the machine and then one piece, and keep both."""
+    """Measure one piece and keep it."""
     model, compute, batch = name.split("/")
-    kernels = [("BF16", "exact"), *((scheme, compute_mode(compute)) for scheme in SCHEMES[1:])]
-    machine = bench_machine(kernels=kernels)  # type: ignore[arg-type]
-    kept.keep(name, {"machine": asdict(machine), **measure_piece(model, compute, int(batch), options)})
+    kept.keep(name, measure_piece(model, compute, int(batch), options))
+
+
+def mean_machine(machines: Sequence[MachineResult]) -> MachineResult:
+    """Geometric means of the rates; the kernels and geometries are the same in all."""
+    rates = [machine.rates for machine in machines]
+    first = rates[0]
+    if first is None or any(one is None for one in rates):
+        raise NotMeasuredError("the machine's kernels have no rates: fewbit was installed without its native code")
+    known = [one for one in rates if one is not None]
+    return replace(
+        machines[0],
+        rates=replace(
+            first,
+            read_bandwidth_gb_s=geometric_mean(one.read_bandwidth_gb_s for one in known),
+            kernels=[
+                replace(same[0], ps_per_weight=[geometric_mean(ps) for ps in zip(*(rate.ps_per_weight for rate in same), strict=True)])
+                for same in zip(*(one.kernels for one in known), strict=True)
+            ],
+            attention=[
+                replace(same[0], ns=geometric_mean(max(rate.ns, 1e-3) for rate in same))
+                for same in zip(*(one.attention for one in known), strict=True)
+            ],
+            operator_us=median(one.operator_us for one in known),
+            ns_per_activation=median(one.ns_per_activation for one in known),
+        ),
+    )
 
 
 def predict_piece(name: str, piece: dict[str, Any]) -> list[Step]:
@@ -191,7 +215,7 @@ def predict_piece(name: str, piece: dict[str, Any]) -> list[Step]:
     model, compute, batch = name.split("/")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     anchor = MeasuredPoint(StepPoint(context=piece["anchor_context"]), piece["anchor_ms"])
-    machine = TypeAdapter(MachineResult).validate_python(piece["machine"])
+    machine = mean_machine([TypeAdapter(MachineResult).validate_python(one) for one in piece["machine"]])
     hardware = measured_hardware(machine, memory, compute=compute)
     predictor = Predictor(hardware, outline_of(read_inventory(model)), [anchor])
     steps = []
