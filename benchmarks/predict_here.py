@@ -4,9 +4,9 @@ Two things are known to the predictions: what `fewbit bench --machine` measured 
 caches made for the purpose, none of them a model's), and the BF16 decode time at batch 1 and the shortest context. From these, decode of
 BF16, INT8 (W8A16) and INT4 (W4A16) is predicted on the grid batch x context, and measured: the three are resident together and take steps
 in turns. The grid is measured in pieces, one model and batch each. The memory bandwidth of a virtual machine drifts by tens of percent
-within minutes, and its cores' speed by as much; so each piece measures the machine right before its steps and right after them (the kernels
-that it runs; rates are the means of the two), and the BF16 step at batch 1 takes its turn beside the others. Random weights in the published
-shapes; a slice of the layers runs and each step is scaled to the whole stack (`bench.scaling`).
+within minutes, and its cores' speed by as much; so each piece measures the machine right before its steps and right after them (the
+kernels that it runs; rates are the means of the two), and the BF16 step at batch 1 takes its turn beside the others. Random weights in the
+published shapes; a slice of the layers runs and each step is scaled to the whole stack (`bench.scaling`).
 
     python benchmarks/predict_here.py                                  # everything, about half an hour
     python benchmarks/predict_here.py --pieces                         # names of the pieces
