@@ -1,5 +1,7 @@
 #include "dense.hpp"
 
+#include "cpu_features.hpp"
+
 #include <stdexcept>
 
 namespace fewbit {
@@ -28,10 +30,10 @@ class DenseLinear final : public Linear {
 std::vector<std::string> float_instruction_sets() {
     std::vector<std::string> names;
 #if defined(FEWBIT_X86)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        names.emplace_back("avx512");
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) names.emplace_back("avx2");
+    if (cpu_features().avx512) names.emplace_back("avx512");
+    if (cpu_features().avx2) names.emplace_back("avx2");
+#elif defined(FEWBIT_ARM)
+    names.emplace_back("neon");
 #endif
     names.emplace_back("portable");
     return names;
@@ -44,6 +46,8 @@ std::unique_ptr<Linear> make_dense_linear(const DenseWeight &weight, std::size_t
 #if defined(FEWBIT_X86)
         if (name == "avx2") multiply = avx2::kDenseMultiply;
         if (name == "avx512") multiply = avx512::kDenseMultiply;
+#elif defined(FEWBIT_ARM)
+        if (name == "neon") multiply = neon::kDenseMultiply;
 #endif
         return std::make_unique<DenseLinear>(weight, out_features, multiply);
     }

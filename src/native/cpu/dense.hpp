@@ -32,9 +32,11 @@ namespace portable { extern const DenseMultiply kDenseMultiply; }
 #if defined(FEWBIT_X86)
 namespace avx2 { extern const DenseMultiply kDenseMultiply; }
 namespace avx512 { extern const DenseMultiply kDenseMultiply; }
+#elif defined(FEWBIT_ARM)
+namespace neon { extern const DenseMultiply kDenseMultiply; }
 #endif
 
-// `avx512`, `avx2`, `portable`: those that this CPU runs, the best first.
+// `avx512`, `avx2`, `neon`, `portable`: those that this CPU runs, the best first.
 std::vector<std::string> float_instruction_sets();
 
 // Throws std::invalid_argument: an instruction set that this CPU lacks.

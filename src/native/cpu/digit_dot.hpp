@@ -60,6 +60,9 @@ void multiply_digits_portable(const DigitWeight &weight, const Input &x, float *
 #if defined(FEWBIT_X86)
 void multiply_digits_avx2(const DigitWeight &weight, const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end);
 void multiply_digits_avx512(const DigitWeight &weight, const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end);
+#elif defined(FEWBIT_ARM)
+void multiply_digits_neon(const DigitWeight &weight, const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end);
+void multiply_digits_neon_dotprod(const DigitWeight &weight, const Input &x, float *y, std::size_t y_stride, std::size_t begin, std::size_t end);
 #endif
 
 } // namespace fewbit

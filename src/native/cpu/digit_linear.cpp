@@ -1,5 +1,7 @@
 #include "digit_linear.hpp"
 
+#include "cpu_features.hpp"
+
 #include <stdexcept>
 
 namespace fewbit {
@@ -13,13 +15,11 @@ struct Named {
 std::vector<Named> available() {
     std::vector<Named> found;
 #if defined(FEWBIT_X86)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni")) {
-        found.push_back({"avx512-vnni", multiply_digits_avx512});
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-        found.push_back({"avx2", multiply_digits_avx2});
-    }
+    if (cpu_features().avx512_vnni) found.push_back({"avx512-vnni", multiply_digits_avx512});
+    if (cpu_features().avx2) found.push_back({"avx2", multiply_digits_avx2});
+#elif defined(FEWBIT_ARM)
+    if (cpu_features().dotprod) found.push_back({"neon-dotprod", multiply_digits_neon_dotprod});
+    found.push_back({"neon", multiply_digits_neon});
 #endif
     found.push_back({"portable", multiply_digits_portable});
     return found;

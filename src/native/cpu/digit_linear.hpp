@@ -10,7 +10,7 @@
 
 namespace fewbit {
 
-// `avx512-vnni`, `avx2`, `portable`: those that this CPU runs, the best first.
+// `avx512-vnni`, `avx2`, `neon-dotprod`, `neon`, `portable`: those that this CPU runs, the best first.
 std::vector<std::string> digit_instruction_sets();
 
 // Bytes of a header (scales, zero points) and of a block of a tile.

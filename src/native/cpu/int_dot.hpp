@@ -62,6 +62,10 @@ const IntKernels &int_kernels_avx512_vnni();
 const IntKernels &int_kernels_avx512vl_vnni();
 const IntKernels &int_kernels_avx_vnni();
 const IntKernels &int_kernels_avx2();
+#elif defined(__aarch64__)
+const IntKernels &int_kernels_neon_i8mm();
+const IntKernels &int_kernels_neon_dotprod();
+const IntKernels &int_kernels_neon();
 #endif
 
 } // namespace fewbit

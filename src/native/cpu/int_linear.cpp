@@ -1,36 +1,25 @@
 #include "int_linear.hpp"
 
-#include <stdexcept>
+#include "cpu_features.hpp"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include <stdexcept>
 
 namespace fewbit {
 namespace {
 
-#if defined(__x86_64__)
-bool has_avx512_vnni() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-}
-
-// Asked of the CPU itself: compilers have learned the name only lately.
-bool has_avx_vnni() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
-}
-#endif
-
 std::vector<const IntKernels *> available() {
     std::vector<const IntKernels *> found;
 #if defined(__x86_64__)
-    if (has_avx512_vnni()) {
+    if (cpu_features().avx512_vnni) {
         found.push_back(&int_kernels_avx512_vnni());
         found.push_back(&int_kernels_avx512vl_vnni());
     }
-    if (has_avx_vnni()) found.push_back(&int_kernels_avx_vnni());
-    if (__builtin_cpu_supports("avx2")) found.push_back(&int_kernels_avx2());
+    if (cpu_features().avx_vnni) found.push_back(&int_kernels_avx_vnni());
+    if (cpu_features().avx2) found.push_back(&int_kernels_avx2());
+#elif defined(__aarch64__)
+    if (cpu_features().i8mm) found.push_back(&int_kernels_neon_i8mm());
+    if (cpu_features().dotprod) found.push_back(&int_kernels_neon_dotprod());
+    found.push_back(&int_kernels_neon());
 #endif
     found.push_back(&int_kernels_portable());
     return found;

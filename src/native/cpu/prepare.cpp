@@ -1,5 +1,6 @@
 #include "prepare.hpp"
 
+#include "cpu_features.hpp"
 #include "digits.hpp"
 #include "row_kernels.hpp"
 
@@ -33,10 +34,10 @@ const float *row_values(const Rows &x, std::size_t row, float *scratch) {
 std::vector<const RowKernels *> row_kernels_available() {
     std::vector<const RowKernels *> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        found.push_back(&row_kernels_avx512());
-    }
-    if (__builtin_cpu_supports("avx2")) found.push_back(&row_kernels_avx2());
+    if (cpu_features().avx512) found.push_back(&row_kernels_avx512());
+    if (cpu_features().avx2) found.push_back(&row_kernels_avx2());
+#elif defined(__aarch64__)
+    found.push_back(&row_kernels_neon());
 #endif
     found.push_back(&row_kernels_portable());
     return found;

@@ -24,6 +24,8 @@ const RowKernels &row_kernels_portable();
 #if defined(__x86_64__)
 const RowKernels &row_kernels_avx2();
 const RowKernels &row_kernels_avx512();
+#elif defined(__aarch64__)
+const RowKernels &row_kernels_neon();
 #endif
 
 } // namespace fewbit

@@ -45,6 +45,8 @@ namespace portable { extern const TableMultiply kTableMultiply; }
 #if defined(FEWBIT_X86)
 namespace avx2 { extern const TableMultiply kTableMultiply; }
 namespace avx512 { extern const TableMultiply kTableMultiply; }
+#elif defined(FEWBIT_ARM)
+namespace neon { extern const TableMultiply kTableMultiply; }
 #endif
 
 } // namespace fewbit

@@ -15,6 +15,8 @@ TableMultiply choose(const std::string &wanted) {
 #if defined(FEWBIT_X86)
         if (name == "avx512") return avx512::kTableMultiply;
         if (name == "avx2") return avx2::kTableMultiply;
+#elif defined(FEWBIT_ARM)
+        if (name == "neon") return neon::kTableMultiply;
 #endif
         return portable::kTableMultiply;
     }

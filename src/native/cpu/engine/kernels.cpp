@@ -1,13 +1,12 @@
 #include "kernels.hpp"
 
+#include "../cpu_features.hpp"
+
 namespace fewbit::engine {
 
 const Kernels &kernels() {
 #if defined(FEWBIT_X86)
-    static const Kernels &chosen = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                                       ? avx512::kKernels
-                                   : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::kKernels
-                                                                                                      : portable::kKernels;
+    static const Kernels &chosen = cpu_features().avx512 ? avx512::kKernels : cpu_features().avx2 ? avx2::kKernels : portable::kKernels;
     return chosen;
 #else
     return portable::kKernels;
