@@ -75,6 +75,7 @@ class Kernel(ABC):
         fused: True when no dequantized copy of the weight is materialized.
         priority: higher is preferred; the reference kernel has 0.
         devices: kinds of device that it is made for. On any other it is no alternative, and reports do not list it as passed over.
+        needs_native: True when it is part of fewbit's native extension, which an installation without a compiler lacks.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Kernel(ABC):
     fused: bool
     priority: int
     devices: tuple[str, ...] = ("cpu", "cuda", "mps")
+    needs_native: bool = False
 
     @abstractmethod
     def refuse_format(self, request: KernelRequest) -> str | None:

@@ -6,6 +6,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fewbit.kernels.cpu.extension import missing_native
+from fewbit.kernels.dispatch import KERNELS
 from fewbit.results import KernelsReport, SchemeKernel
 
 __all__ = ["render_kernels"]
@@ -25,7 +27,15 @@ def render_kernels(report: KernelsReport, console: Console) -> None:
         kernels.add_column(heading, overflow="fold")
     for kernel in report.kernels:
         kernels.add_row(kernel.name, "yes" if kernel.fused else "no", kernel.description)
-    console.print(Group(schemes, Text(), kernels))
+    console.print(Group(*_missing(), schemes, Text(), kernels))
+
+
+def _missing() -> list[Text]:
+    """What an installation without a compiler lacks, and what to do."""
+    if missing_native() is None:
+        return []
+    names = ", ".join(kernel.name for kernel in KERNELS if kernel.needs_native)
+    return [Text(f"missing: {names}: {missing_native()} (pip install --force-reinstall --no-deps fewbit)", style="red"), Text()]
 
 
 def _why(row: SchemeKernel) -> Text:

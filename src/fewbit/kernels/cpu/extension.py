@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from fewbit.kernels.base import KernelRequest
+
 if TYPE_CHECKING:
     from fewbit import _native as native
 else:
@@ -22,7 +24,7 @@ else:
     except ImportError:
         native = None
 
-__all__ = ["in_weight_memory", "missing_native", "native", "run_linear", "use_torch_threads"]
+__all__ = ["in_weight_memory", "missing_native", "native", "refuse_ragged_groups", "refuse_request", "run_linear", "use_torch_threads"]
 
 _LINE_BYTES = 64
 
@@ -31,7 +33,24 @@ def missing_native() -> str | None:
     """A reason when the native extension is not there; else None."""
     if native is not None:
         return None
-    return "fewbit was installed without its native code; install it where a C++ compiler is (pip install --force-reinstall fewbit)"
+    return "fewbit was installed without its native code; install it again where a C++ compiler is"
+
+
+def refuse_request(request: KernelRequest) -> str | None:
+    """Why none of the native kernels could run a request here; None when nothing stands against it but the shape."""
+    if request.device != "cpu":
+        return f"runs on the CPU, not on {request.device}"
+    if request.dtype not in (torch.bfloat16, torch.float32):
+        return f"takes inputs in bfloat16 or float32, not {request.dtype}"
+    return missing_native()
+
+
+def refuse_ragged_groups(request: KernelRequest) -> str | None:
+    """A reason when the last group of a row would be short; else None."""
+    size = None if request.weights is None else request.weights.group_size
+    if size is None or request.in_features % size == 0:
+        return None
+    return f"needs in_features divisible by the group size, {size}, not {request.in_features}"
 
 
 def use_torch_threads() -> int:

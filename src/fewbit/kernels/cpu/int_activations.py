@@ -24,7 +24,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.scales import scale_as_float
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
-from fewbit.kernels.cpu.extension import in_weight_memory, missing_native, native, run_linear
+from fewbit.kernels.cpu.extension import in_weight_memory, native, refuse_ragged_groups, refuse_request, run_linear
 from fewbit.kernels.cpu.tiles import tile_codes, tile_rows
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class CpuIntActivations(Kernel):
     """
 
     fused = True
+    needs_native = True
     priority = 70
 
     def __init__(self, num_bits: int, instruction_set: str = "") -> None:
@@ -67,14 +68,7 @@ class CpuIntActivations(Kernel):
         return "has no group index (activation order)" if request.has_g_idx else None
 
     def refuse_here(self, request: KernelRequest) -> str | None:
-        if request.device != "cpu":
-            return f"runs on the CPU, not on {request.device}"
-        if request.dtype not in (torch.bfloat16, torch.float32):
-            return f"takes inputs in bfloat16 or float32, not {request.dtype}"
-        size = None if request.weights is None else request.weights.group_size
-        if size is not None and request.in_features % size:
-            return f"needs in_features divisible by the group size, {size}, not {request.in_features}"
-        return missing_native()
+        return refuse_request(request) or refuse_ragged_groups(request)
 
     def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
         """`codes` uint8 [tiles, lines, 64]; `scales` bfloat16 [tiles, pairs of groups, 16, 2] or float32 [tiles, groups, 16], per channel

@@ -24,7 +24,7 @@ from fewbit.formats.scales import scale_as_float
 from fewbit.formats.spec import QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
-from fewbit.kernels.cpu.extension import in_weight_memory, missing_native, native, run_linear
+from fewbit.kernels.cpu.extension import in_weight_memory, native, refuse_request, run_linear
 from fewbit.kernels.cpu.tiles64 import TILE, Columns, pack_bytes, pack_tiles
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class CpuTables(Kernel):
     """
 
     fused = True
+    needs_native = True
     priority = 60
     devices = ("cpu",)
 
@@ -72,13 +73,9 @@ class CpuTables(Kernel):
         return "has no group index (activation order)" if request.has_g_idx else None
 
     def refuse_here(self, request: KernelRequest) -> str | None:
-        if request.device != "cpu":
-            return f"runs on the CPU, not on {request.device}"
-        if request.dtype not in (torch.bfloat16, torch.float32):
-            return f"takes inputs in bfloat16 or float32, not {request.dtype}"
         if request.in_features % self._multiple:
             return f"needs in_features divisible by {self._multiple}, not {request.in_features}"
-        return missing_native()
+        return refuse_request(request)
 
     def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
         """`tiles` uint8 [ceil(out / 64), bytes of a tile]; of NF4 and codebooks `table` float32 [16]."""

@@ -20,7 +20,7 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
-from fewbit.kernels.cpu.extension import in_weight_memory, missing_native, native, run_linear
+from fewbit.kernels.cpu.extension import in_weight_memory, native, refuse_request, run_linear
 from fewbit.kernels.cpu.tiles import tile_codes, tile_rows
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class CpuW8A8(Kernel):
     name = "cpu-w8a8"
     description = "INT8 x INT8 products with 32-bit sums, inputs quantized per token or per tensor, fewbit's own"
     fused = True
+    needs_native = True
     priority = 60
 
     def __init__(self, instruction_set: str = "") -> None:
@@ -63,13 +64,9 @@ class CpuW8A8(Kernel):
         return "has no group index (activation order)" if request.has_g_idx else None
 
     def refuse_here(self, request: KernelRequest) -> str | None:
-        if request.device != "cpu":
-            return f"runs on the CPU, not on {request.device}"
-        if request.dtype not in (torch.bfloat16, torch.float32):
-            return f"takes inputs in bfloat16 or float32, not {request.dtype}"
         if request.in_features > _MOST_COLUMNS:
             return f"adds up to {_MOST_COLUMNS} columns in 32 bits, not {request.in_features}"
-        return missing_native()
+        return refuse_request(request)
 
     def pack(self, weight: QuantizedTensor | torch.Tensor, request: KernelRequest) -> dict[str, torch.Tensor]:
         """`codes` uint8 [tiles, lines, 64]; `scales` float32 [tiles, 16]; static: `input_scale` float32 [1]."""
