@@ -149,8 +149,10 @@ void int_case(int bits, ScaleLayout layout, bool affine, Kind kind, std::size_t 
     const std::size_t tiles = (w.out_features + kTileRows - 1) / kTileRows, per_tile = layout == ScaleLayout::channel ? 1 : w.groups;
     const bool extreme = kind == Kind::extremes;
     const int ends = integer(0, 1) * 255;
-    Bytes codes(tiles * w.groups * w.group * kTileRows * std::size_t(bits) / 8), scales(tiles * (per_tile + 1) * kTileRows * 4),
-        zeros(tiles * per_tile * kTileRows);
+    w.code_stride = w.groups * w.group * kTileRows * std::size_t(bits) / 8 + 64 * size(0, 2);
+    w.scale_stride = (layout == ScaleLayout::groups_bfloat16 ? (per_tile + 1) / 2 : per_tile) * kTileRows * 4 + 64 * size(0, 2);
+    w.zero_stride = per_tile * kTileRows + size(0, 5);
+    Bytes codes(tiles * w.code_stride), scales(tiles * w.scale_stride), zeros(tiles * w.zero_stride);
     codes.fill([&] { return extreme ? ends : any_byte(); });
     const int half = 1 << (bits - 1);
     zeros.fill([&] { return extreme ? (ends == 0 ? half - 1 : -half) : integer(-half, half - 1); });
