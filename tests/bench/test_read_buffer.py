@@ -15,7 +15,7 @@ def test_every_loop_reads_the_buffer(huge_pages):
         assert 1e-5 < buffer.read(distance, streams) < 60
 
 
-def test_bad_sizes_threads_and_loops_are_refused():
+def test_bad_sizes_threads_and_loops_are_refused() -> None:
     for size, threads in ((1 << 20, 1), (64 << 20, 0), (4 << 20, 4)):
         with pytest.raises(ValueError):
             native.ReadBuffer(size, threads)

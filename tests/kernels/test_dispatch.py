@@ -52,13 +52,13 @@ def test_every_preset_runs_somewhere(scheme):
     assert select(request_for(scheme, (24, 256))).kernel
 
 
-def test_names_are_unique_and_described():
+def test_names_are_unique_and_described() -> None:
     assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
     assert all(kernel.description for kernel in KERNELS)
     assert dispatch.UNFUSED not in {kernel.name for kernel in KERNELS}
 
 
-def test_unfused_is_asked_for_not_fallen_back_to():
+def test_unfused_is_asked_for_not_fallen_back_to() -> None:
     for strict in (False, True):
         selection = select(request_for("W4A16"), prefer="unfused", strict=strict)
         assert selection.kernel.name == "reference" and not selection.kernel.fused
@@ -66,7 +66,7 @@ def test_unfused_is_asked_for_not_fallen_back_to():
         assert reasons == {name: "not asked for: the variant pins unfused" for name in ("cpu-int4-exact", "torch-int4pack")}
 
 
-def test_prefer_by_name():
+def test_prefer_by_name() -> None:
     assert select(request_for("W8A16"), prefer="reference").kernel.name == "reference"
     assert select(request_for("W8A16"), prefer="torch-int8pack").kernel.name == "torch-int8pack"
     with pytest.raises(KernelError, match=r"torch-int4pack: runs INT4 weights; this one is NF4"):
@@ -75,18 +75,18 @@ def test_prefer_by_name():
         select(request_for("NF4"), prefer="marlin")
 
 
-def test_strict_refuses_a_fallback_with_the_reason():
+def test_strict_refuses_a_fallback_with_the_reason() -> None:
     half = request_for("W4A16", (40, 256), dtype=torch.float16)
     assert select(half).kernel.name == "reference"
     with pytest.raises(KernelError, match=r"unfused kernel 'reference'.*cpu-int4-exact: takes inputs in bfloat16 or float32, not"):
         select(half, strict=True)
 
 
-def test_strict_accepts_a_format_that_has_no_fused_kernel():
+def test_strict_accepts_a_format_that_has_no_fused_kernel() -> None:
     assert select(request_for("FP8"), strict=True).kernel.name == "reference"
 
 
-def test_nothing_runs():
+def test_nothing_runs() -> None:
     with pytest.raises(KernelError, match="int64"):
         select(request_for("W4A16", dtype=torch.int64))
 
@@ -120,6 +120,6 @@ def test_a_new_kernel_needs_one_line(monkeypatch):
     assert [(entry.kernel, entry.reason) for entry in wide.passed_over] == [("faster", "needs AVX-1024, which this processor lacks")]
 
 
-def test_environment():
+def test_environment() -> None:
     assert cpu_name() and memory_bytes() > 2**28
     assert all(flag == flag.strip() and flag for flag in cpu_flags())

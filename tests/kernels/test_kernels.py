@@ -167,7 +167,7 @@ def test_reference_keeps_the_integers(kernel, scheme):
     assert packed["values"].numel() * 8 == 32 * 256 * scheme.weights.num_bits
 
 
-def test_group_index_runs_on_the_reference_only():
+def test_group_index_runs_on_the_reference_only() -> None:
     spec = SCHEMES["W4A16"].weights
     plain = quantized(spec, (32, 256))
     order = torch.randperm(256)
@@ -180,7 +180,7 @@ def test_group_index_runs_on_the_reference_only():
     torch.testing.assert_close(exact(x, weight, None, request), expected)
 
 
-def test_bars_on_memory():
+def test_bars_on_memory() -> None:
     """W4A16 g128: at most 0.30 of BF16 and 4.5 bits a weight on the fused kernel; the reference is as dense as the format."""
     shape = (512, 1024)
     for scheme, kernel, bits in (
@@ -196,7 +196,7 @@ def test_bars_on_memory():
         assert resident <= 0.30 * 2 * shape[0] * shape[1]
 
 
-def test_traffic_counts_the_copy_of_an_unfused_kernel():
+def test_traffic_counts_the_copy_of_an_unfused_kernel() -> None:
     shape = (32, 256)
     request = make_request(SCHEMES["W4A16"].weights, None, shape)
     weight = quantized(request.weights, shape)
@@ -250,7 +250,7 @@ def test_missing_operator_is_a_refusal(monkeypatch):
     assert reason is not None and "_no_such_operator" in reason and torch.__version__ in reason
 
 
-def test_int4_symmetric_is_exact():
+def test_int4_symmetric_is_exact() -> None:
     """A one-hot input reads out single weights: the fused kernel's are the definition's, rounded to BF16 once."""
     spec = SCHEMES["W4A16"].weights
     request = make_request(spec, None, (32, 256))

@@ -11,7 +11,7 @@ from fewbit.methods.awq import AWQSettings, awq_scales
 from fewbit.methods.rtn import rtn
 from fewbit.methods.statistics import InputStatistics
 
-SPEC = SCHEMES["W4A16-G32"].weights
+SPEC: QuantSpec = SCHEMES["W4A16-G32"].weights  # type: ignore[assignment]
 assert SPEC is not None
 
 

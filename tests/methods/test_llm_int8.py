@@ -13,8 +13,9 @@ from fewbit.kernels.dispatch import KERNELS
 from fewbit.methods.llm_int8 import llm_int8_matmul
 from fewbit.methods.rtn import rtn
 
-INPUTS, PLAIN = SCHEMES["LLM-INT8"].input_activations, SCHEMES["W8A8"].input_activations
-WEIGHTS = SCHEMES["LLM-INT8"].weights
+INPUTS: QuantSpec = SCHEMES["LLM-INT8"].input_activations  # type: ignore[assignment]
+PLAIN: QuantSpec = SCHEMES["W8A8"].input_activations  # type: ignore[assignment]
+WEIGHTS: QuantSpec = SCHEMES["LLM-INT8"].weights  # type: ignore[assignment]
 assert INPUTS is not None and PLAIN is not None and WEIGHTS is not None
 
 

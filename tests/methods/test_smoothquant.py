@@ -13,7 +13,8 @@ from fewbit.methods.rtn import rtn
 from fewbit.methods.smoothquant import SmoothQuantSettings, quantize_inputs, smoothquant_scales, static_input_scale
 from fewbit.methods.statistics import InputStatistics
 
-WEIGHTS, INPUTS = SCHEMES["W8A8"].weights, SCHEMES["W8A8"].input_activations
+WEIGHTS: QuantSpec = SCHEMES["W8A8"].weights  # type: ignore[assignment]
+INPUTS: QuantSpec = SCHEMES["W8A8"].input_activations  # type: ignore[assignment]
 assert WEIGHTS is not None and INPUTS is not None
 STATIC = replace(INPUTS, strategy="tensor", dynamic=False)
 

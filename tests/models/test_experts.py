@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +11,11 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Mixtra
 
 from fewbit.models.experts import ExpertList, expert_lists, is_router, same_routing, unfuse_experts
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
 }
-_MOE = {**_SIZES, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_MOE: dict[str, Any] = {**_SIZES, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 CONFIGS = {
     "mixtral": MixtralConfig(**_SIZES, num_local_experts=6, num_experts_per_tok=2),
     "qwen2_moe": Qwen2MoeConfig(**_MOE, shared_expert_intermediate_size=64, decoder_sparse_step=1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from fewbit.models.experts import unfuse_experts
 from fewbit.models.names import disk_names
 from fewbit.models.structure import build_empty_model
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
 }
-_MOE = {**_SIZES, "num_key_value_heads": 2, "num_experts": 11, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_MOE: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2, "num_experts": 11, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 CONFIGS = {
     "gpt_neox": GPTNeoXConfig(**_SIZES),
     "mixtral": MixtralConfig(**_SIZES, num_key_value_heads=2, num_local_experts=11, num_experts_per_tok=2),

@@ -51,7 +51,7 @@ def test_forward_is_the_quantized_linear(scheme):
     assert (y.float() - expected).norm() / expected.norm() < tolerance
 
 
-def test_only_the_packed_weight_stays():
+def test_only_the_packed_weight_stays() -> None:
     layer = make("W4A16")
     assert layer.weight.is_meta  # nothing allocated before loading
     layer.quant_method.load_weight(layer, weight())
@@ -62,7 +62,7 @@ def test_only_the_packed_weight_stays():
     assert not layer.state_dict()  # packed tensors are no checkpoint
 
 
-def test_three_ways_to_load_agree():
+def test_three_ways_to_load_agree() -> None:
     online, ready, vllm = make("W4A16"), make("W4A16"), make("W4A16")
     online.quant_method.load_weight(online, weight())
     ready.quant_method.load_weight(ready, rtn(weight(), SCHEMES["W4A16"].weights))
@@ -73,7 +73,7 @@ def test_three_ways_to_load_agree():
     assert torch.equal(online(x), ready(x)) and torch.equal(online(x), vllm(x))
 
 
-def test_observer_reaches_the_method():
+def test_observer_reaches_the_method() -> None:
     outlier = weight()
     outlier[:, 5] = 1.0
     minmax, mse = make("W4A16"), make("W4A16", observer="mse")
@@ -83,14 +83,14 @@ def test_observer_reaches_the_method():
     assert not torch.equal(minmax(x), mse(x))
 
 
-def test_tied_weights_stay_tied():
+def test_tied_weights_stay_tied() -> None:
     embedding = nn.Embedding(*SHAPE, dtype=torch.bfloat16)
     layer = make("BF16")
     layer.quant_method.load_weight(layer, embedding.weight)
     assert layer.quant_method.packed(layer)["weight"].data_ptr() == embedding.weight.data_ptr()
 
 
-def test_wrong_shapes_and_formats():
+def test_wrong_shapes_and_formats() -> None:
     layer = make("W4A16")
     with pytest.raises(FormatError, match=r"\[64, 128\].*\[64, 256\]"):
         layer.quant_method.load_weight(layer, torch.zeros(64, 128))
@@ -102,7 +102,7 @@ def test_wrong_shapes_and_formats():
         plain.quant_method.load_weight(plain, rtn(weight(), SCHEMES["W4A16"].weights))
 
 
-def test_a_checkpoint_in_another_format_selects_again():
+def test_a_checkpoint_in_another_format_selects_again() -> None:
     layer = make("W4A16")
     assert layer.quant_method.selection.kernel.name == "cpu-int4-exact"
     layer.quant_method.load_weight(layer, rtn(weight(), SCHEMES["NF4"].weights))
@@ -110,7 +110,7 @@ def test_a_checkpoint_in_another_format_selects_again():
     assert "nf4" in repr(layer).lower()
 
 
-def test_ignore_patterns():
+def test_ignore_patterns() -> None:
     config = QuantizationConfig(get_scheme("W4A16"), ignore=("lm_head", "*.layers.0.*", "gate_?roj"))
     linear = nn.Linear(2, 2)
     for prefix, ignored in [
@@ -126,12 +126,12 @@ def test_ignore_patterns():
     assert isinstance(config.get_quant_method(linear, "x.y"), KernelLinearMethod)
 
 
-def test_strict_is_refused_before_anything_is_loaded():
+def test_strict_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(KernelError, match=r"not torch\.float16"):
         make("W4A16", dtype=torch.float16, strict=True)
 
 
-def test_kernel_uses_groups_by_kernel_and_reasons():
+def test_kernel_uses_groups_by_kernel_and_reasons() -> None:
     model = nn.ModuleList(
         [make("W4A16"), make("W4A16"), make("W4A16", dtype=torch.float16), make("W4A16", kernel="unfused"), make("BF16"), nn.Linear(2, 2)]
     )

@@ -13,7 +13,7 @@ from fewbit.checkpoints.compressed_tensors import CompressedTensorsReader
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
 from fewbit.errors import FormatError
 from fewbit.formats.quantize import quantize
-from fewbit.formats.spec import SCHEMES, get_scheme
+from fewbit.formats.spec import SCHEMES, QuantSpec, get_scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.methods.rtn import rtn
 from fewbit.walk import methods
@@ -21,7 +21,7 @@ from fewbit.walk.checks import check_layer, limits, saturated_share
 from fewbit.walk.settings import WalkSettings
 from fewbit.workflows.quantize import quantize_model
 
-SPEC = get_scheme("W4A16-G32").weights
+SPEC: QuantSpec = get_scheme("W4A16-G32").weights  # type: ignore[assignment]
 assert SPEC is not None
 WEIGHT = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(100, 64, generator=torch.Generator().manual_seed(1))

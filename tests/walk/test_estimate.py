@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_time_grows_with_what_it_is_made_of(seven_billion: Workload) -> None:
 def test_a_mixtures_experts_see_a_share_of_the_tokens() -> None:
     from transformers import MixtralConfig
 
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2)
     targets = {f"model.layers.{i}.mlp.experts.{e}.w{n}": (96, 64) for i in range(2) for e in range(8) for n in (1, 3)}
     work = workload_of(build_without_weights(config), config, targets)

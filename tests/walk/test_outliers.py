@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from fewbit.formats.spec import get_scheme
 from fewbit.walk.outliers import inject_outliers, write_outlier_model
 
 IDS = torch.arange(100)[None]
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 128,
     "num_hidden_layers": 2,

@@ -23,7 +23,7 @@ def text_of(report: KernelsReport, width: int = 120) -> str:
     return console.export_text()
 
 
-def test_every_scheme_and_kernel_is_listed():
+def test_every_scheme_and_kernel_is_listed() -> None:
     report = list_kernels()
     assert [row.scheme for row in report.schemes] == [scheme.name for scheme in SCHEMES.values() if scheme.weights]
     assert [kernel.name for kernel in report.kernels] == [kernel.name for kernel in KERNELS]
@@ -33,12 +33,12 @@ def test_every_scheme_and_kernel_is_listed():
     assert adapter.validate_json(adapter.dump_json(report)) == report
 
 
-def test_the_reason_for_a_slow_path_is_shown_with_its_number():
+def test_the_reason_for_a_slow_path_is_shown_with_its_number() -> None:
     text = " ".join(text_of(list_kernels((40, 200)), 300).split())
     assert "cpu-int4-exact: needs in_features divisible by the group size, 128, not 200" in text
 
 
-def test_a_slow_path_names_the_fused_kernels_that_could_not_run_or_says_that_there_are_none():
+def test_a_slow_path_names_the_fused_kernels_that_could_not_run_or_says_that_there_are_none() -> None:
     report = list_kernels()
     row = next(row for row in report.schemes if row.scheme == "FP8")
     assert not row.fused, "FP8 has a fused kernel on the CPU now: take another scheme here"
@@ -48,6 +48,6 @@ def test_a_slow_path_names_the_fused_kernels_that_could_not_run_or_says_that_the
     assert "no fused kernel for this format yet" in text_of(replace(report, schemes=[lacking]), 300)
 
 
-def test_shape_must_be_positive():
+def test_shape_must_be_positive() -> None:
     with pytest.raises(UsageError, match="0x4096"):
         list_kernels((0, 4096))

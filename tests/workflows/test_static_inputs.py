@@ -14,7 +14,7 @@ from fewbit.checkpoints.safetensors_files import SafetensorsFiles
 from fewbit.checkpoints.shards import write_tensors
 from fewbit.errors import CheckpointError, FormatError, UsageError
 from fewbit.formats.quantize import dequantize
-from fewbit.formats.spec import get_scheme
+from fewbit.formats.spec import QuantSpec, get_scheme
 from fewbit.formats.static import check_static, fake_quantize_static, quantize_static
 from fewbit.kernels.base import KernelRequest
 from fewbit.kernels.dispatch import KERNELS, select
@@ -25,7 +25,8 @@ from fewbit.workflows.evaluate import evaluate
 from fewbit.workflows.quantize import quantize_model
 
 SCHEME = get_scheme("W8A8-STATIC")
-WEIGHTS, INPUTS = SCHEME.weights, SCHEME.input_activations
+WEIGHTS: QuantSpec = SCHEME.weights  # type: ignore[assignment]
+INPUTS: QuantSpec = SCHEME.input_activations  # type: ignore[assignment]
 assert WEIGHTS is not None and INPUTS is not None
 KERNEL = {kernel.name: kernel for kernel in KERNELS}
 

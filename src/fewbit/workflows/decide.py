@@ -93,6 +93,9 @@ def decide_deployment(
         max_quality_loss=max_quality_loss,
     )
     devices = [_device(name, hardware_file, machine, bandwidth_gb_s) for name in dict.fromkeys(hardware)]
+    for name in prices or {}:
+        if name and not any(name == device.name or name in device.aliases for device in devices):
+            raise UsageError(f"a price was given for '{name}', which is no --hardware here", "name the device as --hardware does")
     inventories = {str(name): read_inventory(name, layers=layers, kv_heads=kv_heads, head_dim=head_dim) for name in dict.fromkeys(models)}
     losses, warnings = _qualities(quality, perplexity, inventories)
     points, doubts = _points(measured, devices[0], next(iter(inventories.values())))
