@@ -7,6 +7,7 @@ A pass counts when its threads waited for a core during less than a fiftieth of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -70,9 +71,10 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; one that has ended already, or was killed, is no error."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

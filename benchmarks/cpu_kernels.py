@@ -4,7 +4,7 @@
     python benchmarks/cpu_kernels.py --only m8           # the cases whose name begins so
     python benchmarks/cpu_kernels.py --results FILE      # keeps every measured case in FILE, and measures only those that are not there
 
-Every contender is a process of its own (`peers/kernels_NAME.py`) that holds as many copies of the weight as make six times the last-level
+Every contender is a process of its own (`peers/kernels_NAME.py`) that holds as many copies of the weight as make four times the last-level
 cache; a pass multiplies with each copy once. Passes take turns (`_interleaved.py`); the figures are medians of the passes that had the
 cores to themselves. Bandwidth is the median of the best of `fewbit._native.read_loops()`, with huge pages and without, over 1 GiB.
 """
@@ -32,14 +32,25 @@ PEERS_AT_4_BITS = (
 _SINGLE = (
     *PEERS_AT_4_BITS, "onnxruntime-2bit-b128", "llamacpp-q8_0", "torch-bf16", "torch-bf16-prepacked", "torch-w8a8", "bnb-nf4",
     "unfused-int4", "unfused-nf4", "fewbit-int4", "fewbit-int4-exact", "fewbit-int8", "fewbit-int3", "fewbit-int2", "fewbit-w8a8",
-    "fewbit-int8-exact", "fewbit-int3-exact", "fewbit-int2-exact", "fewbit-bf16", "fewbit-nf4", "fewbit-mxfp4", "fewbit-fp8",
+    "fewbit-bf16", "fewbit-nf4", "fewbit-mxfp4", "fewbit-fp8",
 )  # fmt: skip
+_BARS = (
+    *PEERS_AT_4_BITS,
+    "onnxruntime-2bit-b128",
+    "torch-bf16",
+    "fewbit-int4",
+    "fewbit-int4-exact",
+    "fewbit-int8",
+    "fewbit-int3",
+    "fewbit-int2",
+)
 _BATCH = (
-    *PEERS_AT_4_BITS, "torch-bf16", "torch-w8a8", "fewbit-int4", "fewbit-int8", "fewbit-int3", "fewbit-int2", "fewbit-w8a8",
-    "fewbit-int4-exact", "fewbit-bf16", "fewbit-nf4", "fewbit-mxfp4", "fewbit-fp8",
+    *PEERS_AT_4_BITS, "torch-bf16", "torch-w8a8", "fewbit-int4", "fewbit-int8", "fewbit-w8a8", "fewbit-bf16", "fewbit-nf4", "fewbit-fp8",
 )  # fmt: skip
 CASES: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
-    f"m1-{n}x{k}": (n, k, 1, _SINGLE) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008))
+    "m1-4096x4096": (4096, 4096, 1, _SINGLE),
+    "m1-11008x4096": (11008, 4096, 1, _BARS),
+    "m1-4096x11008": (4096, 11008, 1, _BARS),
 }
 CASES |= {f"m{m}-4096x4096": (4096, 4096, m, _BATCH) for m in (8, 32, 128)}
 _GIB, _CACHE_BYTES = 1 << 30, 36 << 20
@@ -127,7 +138,7 @@ class Kernels:
             for contender in (*reads, *contenders):
                 peer = contender.split("-")[0].replace("unfused", "torch").replace("bnb", "bitsandbytes")
                 bits = next((bits for word, bits in _BITS.items() if word in contender), 4)
-                copies = max(2, -(-6 * _CACHE_BYTES * 8 // (n * k * bits)))
+                copies = max(2, -(-4 * _CACHE_BYTES * 8 // (n * k * bits)))
                 if peer == "torch" and "unfused" in contender:
                     copies = 2  # each makes a BF16 copy, far larger than the cache, at every call
                 case = {
