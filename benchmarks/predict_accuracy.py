@@ -9,6 +9,8 @@ For each device, the priors of its family are fitted without it; then the device
     python benchmarks/predict_accuracy.py [--data FILE] [--devices] [--json FILE]
     python benchmarks/predict_accuracy.py --write-priors        # src/fewbit/predict/priors.toml from all devices
 
+Batches are not in that file: what unpacking costs there comes from `measurements/batched.csv` (`_batched.py`) and is printed after the tables.
+
 Which rows count was decided before fitting (`_measurements.EXCLUDED_FLAGS`). The bars on discrete and Apple GPUs are over the main set
 (`use_in_analysis` yes), one row per format; the sweeps over longer contexts, which are many rows of few devices, are printed apart.
 """
@@ -27,8 +29,10 @@ from statistics import median
 
 import numpy as np
 from _bars import Bar, NotMeasuredError, add_arguments, run_bars
+from _batched import fit_sources, unpack_prior
 from _measurements import DATA, Group, read_groups
 
+from fewbit.predict.calibration import Z90
 from fewbit.predict.efficiency import FACTORS, Prior, prior_of
 from fewbit.predict.fit import fit_prior, widened
 from fewbit.predict.hardware import Kind
@@ -45,6 +49,8 @@ _CLASSES = {
 }
 # A family with too few devices takes the prior of the one that is most like it, widened.
 _RELATIVES = {"nvidia_unified": "gpu", "amd_unified": "intel_unified"}
+# A Jetson's multiprocessors are those of the discrete GPUs of its generation: what differs is the memory beside them, and the launches.
+_SAME_UNITS = {"nvidia_unified": ("compute", "native", "unpack")}
 _LEAST_DEVICES_OF_A_RUNTIME = 3
 _FAMILY_OF_KINDS: dict[str, tuple[Kind, ...]] = {
     "gpu": ("nvidia_datacenter", "nvidia_workstation", "nvidia_consumer", "amd_datacenter", "intel_datacenter"),
@@ -80,12 +86,13 @@ def family_prior(groups: Sequence[Group], family: str, runtime: str | None = Non
     start = prior_of("unknown")
     relative = _RELATIVES.get(family)
     if relative is not None:
-        start = widened(family_prior(groups, relative, runtime))
+        start = widened(family_prior(groups, relative, runtime), _SAME_UNITS.get(family, ()))
     known = [g.observed for g in groups if g.observed.family == family and not g.sweep]
     same = [one for one in known if one.runtime == runtime]
     if len({one.device for one in same}) >= _LEAST_DEVICES_OF_A_RUNTIME:
         known = same
-    return fit_prior(known, start)
+    prior = fit_prior(known, start)
+    return unpack_prior(prior) if family == "gpu" and runtime is None else prior
 
 
 def leave_one_out(groups: Sequence[Group]) -> list[Error]:
@@ -169,6 +176,15 @@ def print_tables(errors: Sequence[Error], *, devices: bool) -> None:
             print(f"{device_class:11s} {device:36s} {figures}")
 
 
+def print_batched() -> None:
+    """What unpacking costs where a batch shares it, per source, and how well its rows are then reproduced."""
+    print("\nbatches          kernel           device       unpack [90 %]        median% of packed rows")
+    for one in fit_sources():
+        low, high = (one.unpack * math.exp(sign * Z90 * one.log_sd) for sign in (-1, 1))
+        error = 100 * (math.exp(median(one.errors)) - 1)
+        print(f"{one.source:16s} {one.kernel:16s} {one.device:12s} {one.unpack:.2f} [{low:.2f}, {high:.2f}]   {error:8.1f} ({len(one.errors)})")
+
+
 def _line(name: str, chosen: Sequence[Error]) -> str:
     own = [e.percent() for e in chosen]
     constant = [e.percent(e.constant_ms) for e in chosen if e.constant_ms]
@@ -192,13 +208,18 @@ def write_priors(groups: Sequence[Group]) -> None:
             prior = family_prior(groups, family, runtime)
             devices = named[runtime] if runtime else len({one.device for one in mine})
             rows = [f"{name} = [{getattr(prior.factors, name):.3g}, {prior.spread[i]:.3g}]" for i, name in enumerate(FACTORS)]
-            rows += [f"residual = {prior.residual:g}", f'source = "{devices} devices of benchmarks/measurements{_of_relative(family)}"', ""]
+            source = f"{devices} devices of benchmarks/measurements{_of_relative(family)}{_of_batches(family, runtime)}"
+            rows += [f"residual = {prior.residual:g}", f'source = "{source}"', ""]
             parts += ["\n".join([f'["{kind}{f"@{runtime}" if runtime else ""}"]', *rows]) for kind in kinds]
     _PRIORS.write_text("\n".join(parts), encoding="utf-8")
 
 
 def _of_relative(family: str) -> str:
     return f", and {_RELATIVES[family]} widened" if family in _RELATIVES else ""
+
+
+def _of_batches(family: str, runtime: str | None) -> str:
+    return "; unpack of batched.csv" if "gpu" in (family, _RELATIVES.get(family)) and runtime is None else ""
 
 
 def _byte_ratio(groups: Sequence[Group]) -> str:
@@ -262,6 +283,7 @@ def main() -> int:
     bars.append(Bar("interval-coverage-high", partial(_coverage, errors), "<=", 95.0, "percent inside the 90 % interval, all classes"))
     if not options.list:
         print_tables(errors(), devices=options.devices)
+        print_batched()
         print()
     return run_bars(bars, list_only=options.list, json_file=options.json)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fewbit.decide.candidates import Option, Situation, list_options
 from fewbit.decide.memory import CHUNK_TOKENS, workspace_bytes
 from fewbit.decide.quality import CONFIDENCE
 from fewbit.decide.relation import MIN_CACHE_GAIN, MIN_GAIN
+from fewbit.decide.timing import STEP
 from fewbit.formats.spec import get_scheme
 from fewbit.models.inventory import Inventory
 from fewbit.predict.calibration import Z90
@@ -24,6 +27,7 @@ __all__ = ["SCENE_CONSTANTS", "scene_of"]
 
 SCENE_CONSTANTS: dict[str, Any] = {
     "z90": Z90,
+    "step": STEP,
     "confidence": CONFIDENCE,
     "minGain": MIN_GAIN,
     "minCacheGain": MIN_CACHE_GAIN,
@@ -52,7 +56,7 @@ def scene_of(situation: Situation) -> dict[str, Any]:
         "capacity": hardware.memory_bytes,
         "reserved": hardware.reserved_bytes,
         "mean": posterior.mean.tolist(),
-        "covariance": posterior.covariance.tolist(),
+        "root": np.linalg.cholesky(posterior.covariance).T.tolist(),
         "residual": posterior.residual,
         "groups": [
             {

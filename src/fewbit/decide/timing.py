@@ -1,29 +1,39 @@
 """The time of a workload in one format: a few steps added up, with one uncertainty for the sum.
 
     T = sum_i n_i T_i(x)              prefill once, decode as often as there are new tokens
-    d log T / dx = sum_i (n_i T_i / T) d log T_i / dx
 
-All steps of a device share its factors x (`predict.calibration`), so the uncertainty of the sum is that of one gradient and not of separate
-intervals; and the ratio of two candidates' times has the difference of their gradients, in which memory speed and overhead cancel.
+All steps and all candidates of a device share its factors x (`predict.calibration`), which are known as a normal distribution with mean m
+and covariance S = L L'. What a time does when they are not m is evaluated at 2n points, one to each side along every column of L:
+
+    a_k = (f(m + h L_k) - f(m - h L_k)) / 2h                     f = log T,  h = sqrt(3)
+    b_k = (f(m + h L_k) + f(m - h L_k) - 2 f(m)) sqrt(h^2 - 1) / 2h^2
+    variance of f = |a|^2 + |b|^2
+
+(Noergaard, Poulsen, Ravn, "New developments in state estimation for nonlinear systems", Automatica 36, 2000: the divided-difference filter;
+a derivative at m would not see that unpacking, hidden behind the memory at the mean, may come out of hiding within the uncertainty.)
+The points are the same for every candidate, so the logarithm of the ratio of two times has the variance |a - a'|^2 + |b - b'|^2: what the
+candidates have in common, the speed of the memory and the launches above all, cancels point by point.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fewbit.predict.calibration import Z90, Posterior, gradient_of
+from fewbit.predict.calibration import Z90, Posterior
 from fewbit.predict.efficiency import Factors
 from fewbit.predict.hardware import Hardware
 from fewbit.predict.prediction import Estimate
 from fewbit.predict.step import StepTime, Work, step_time
 from fewbit.results import Bound
 
-__all__ = ["Timed", "compare_times", "time_of"]
+__all__ = ["STEP", "Timed", "compare_times", "time_of"]
+
+STEP = math.sqrt(3.0)  # standard deviations: the kurtosis of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,14 @@ class Timed:
     """A time with what its uncertainty hangs on.
 
     Attributes:
-        milliseconds: of all steps together. gradient: of its logarithm in the factors' logarithms. log_sd: of the logarithm.
+        milliseconds: of all steps together. log_sd: standard deviation of its logarithm.
+        deviations: a and b above, [2n]: what the logarithm does as the device's factors vary.
         steps: the time of each kind of step, once.
         works: what was timed, for telling equal ones apart from similar ones.
     """
 
     milliseconds: float
-    gradient: NDArray[np.float64]
+    deviations: NDArray[np.float64]
     log_sd: float
     steps: tuple[StepTime, ...]
     works: tuple[tuple[float, tuple[Work, ...]], ...]
@@ -78,14 +89,24 @@ def time_of(steps: Sequence[tuple[float, Sequence[Work]]], hardware: Hardware, p
         return math.log(sum(count * step_time(list(work), hardware, factors).milliseconds for count, work in works))
 
     factors = Factors.from_logs(posterior.mean)
-    gradient = gradient_of(log_total, posterior.mean)
+    middle = log_total(posterior.mean)
+    deviations = _deviations(log_total, posterior, middle)
     return Timed(
-        milliseconds=math.exp(log_total(posterior.mean)),
-        gradient=gradient,
-        log_sd=posterior.log_sd(gradient),
+        milliseconds=math.exp(middle),
+        deviations=deviations,
+        log_sd=math.sqrt(float(deviations @ deviations) + posterior.residual**2),
         steps=tuple(step_time(list(work), hardware, factors) for _, work in works),
         works=works,
     )
+
+
+def _deviations(log_total: Callable[[NDArray[np.float64]], float], posterior: Posterior, middle: float) -> NDArray[np.float64]:
+    columns = STEP * np.linalg.cholesky(posterior.covariance).T
+    up = np.array([log_total(posterior.mean + column) for column in columns])
+    down = np.array([log_total(posterior.mean - column) for column in columns])
+    first = (up - down) / (2 * STEP)
+    second = (up + down - 2 * middle) * math.sqrt(STEP**2 - 1) / (2 * STEP**2)
+    return np.concatenate([first, second])
 
 
 def compare_times(slow: Timed, fast: Timed, posterior: Posterior) -> Estimate:
@@ -97,7 +118,9 @@ def compare_times(slow: Timed, fast: Timed, posterior: Posterior) -> Estimate:
     if slow.works == fast.works:
         return Estimate(1.0, 1.0, 1.0)
     residuals = 0.0 if _linears(slow) == _linears(fast) else 2.0
-    return _interval(slow.milliseconds / fast.milliseconds, posterior.log_sd(slow.gradient - fast.gradient, residuals=residuals))
+    apart = slow.deviations - fast.deviations
+    log_sd = math.sqrt(float(apart @ apart) + residuals * posterior.residual**2)
+    return _interval(slow.milliseconds / fast.milliseconds, log_sd)
 
 
 def _linears(timed: Timed) -> list[Work]:

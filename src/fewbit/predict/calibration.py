@@ -71,7 +71,7 @@ def calibrate(prior: Prior, log_times: Sequence[LogTime], observed: Sequence[flo
     """
     mean, residual = prior.factors.logs(), prior.residual
     if not log_times:
-        return Posterior(mean, np.diag(prior.spread**2), residual, 0)
+        return Posterior(mean, prior.covariance, residual, 0)
     x, covariance = _mode(prior, log_times, observed, residual)
     misfit = np.array([y - f(x) for f, y in zip(log_times, observed, strict=True)]) / residual
     strain = float(misfit @ misfit) / len(observed)
@@ -86,7 +86,7 @@ def _mode(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mode and covariance: Gauss-Newton steps, halved until they help."""
     mean = prior.factors.logs()
-    precision = np.diag(1.0 / prior.spread**2)
+    precision = np.linalg.inv(prior.covariance)
     weight = 1.0 / residual**2
 
     def misfits(x: NDArray[np.float64]) -> NDArray[np.float64]:

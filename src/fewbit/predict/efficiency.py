@@ -61,6 +61,9 @@ class Factors:
 _BYTE_RATIO = "byte_ratio"
 _MEASURED = "measured"  # the prior of a device whose kernels' rates were measured
 _LEAST_OPERATOR_US = 0.01
+# Correlation of the shares of the bandwidth that reading weights and reading the cache reach: the second is the first times how good the
+# attention kernel is. With the spreads of discrete GPUs, 0.2 of the memory and 0.3 of both together, 0.2 / 0.3.
+_SHARED = 2 / 3
 FACTORS: tuple[str, ...] = tuple(f.name for f in fields(Factors))
 
 
@@ -78,6 +81,16 @@ class Prior:
     spread: NDArray[np.float64]
     residual: float
     source: str
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """Of the logarithms, [n, n]. Weights and cache come from one memory, so `memory` and `cache` err together (`_SHARED`), except
+        where the cache is known better than the memory, because it was measured for itself."""
+        covariance = np.diag(self.spread**2)
+        memory, cached = FACTORS.index("memory"), FACTORS.index("cache")
+        if self.spread[cached] >= self.spread[memory]:
+            covariance[memory, cached] = covariance[cached, memory] = _SHARED * self.spread[memory] * self.spread[cached]
+        return covariance
 
 
 def _table() -> dict[str, dict[str, Any]]:

@@ -100,9 +100,13 @@ def student_t95(degrees: int) -> float:
     return z + g1 / n + g2 / n**2 + g3 / n**3
 
 
-def widened(prior: Prior) -> Prior:
-    """The prior of a relative: the same medians with one and a half times the spread, operators twice as slow or fast."""
-    spread = prior.spread * 1.5
+def widened(prior: Prior, same: Sequence[str] = ()) -> Prior:
+    """The prior of a relative: the same medians with one and a half times the spread, operators twice as slow or fast.
+
+    Args:
+        same: factors that are not widened, because what they describe is the same in both.
+    """
+    spread = prior.spread * np.array([1.0 if name in same else 1.5 for name in FACTORS])
     spread[FACTORS.index("operator_us")] = max(spread[FACTORS.index("operator_us")], math.log(2))
     return replace(prior, spread=spread)
 

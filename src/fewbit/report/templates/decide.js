@@ -87,22 +87,19 @@ function stepTime(cell, works, f) {
   return { total, floor, bound: Object.keys(shares).reduce((a, b) => (shares[b] > shares[a] ? b : a)) };
 }
 
-// A sum of steps, [[how often, works], ...], with the gradient of its logarithm in the factors' logarithms.
+// A sum of steps, [[how often, works], ...], with what its logarithm does at the points around the mean (fewbit.decide.timing).
 function timeOf(cell, steps) {
-  const total = logs => steps.reduce((sum, [count, works]) => sum + count * stepTime(cell, works, factorsOf(logs)).total, 0);
-  const step = 1e-4;
-  const gradient = cell.mean.map((_, i) => {
-    const moved = side => cell.mean.map((value, j) => value + (i === j ? side * step : 0));
-    return (Math.log(total(moved(1))) - Math.log(total(moved(-1)))) / (2 * step);
-  });
+  const log = logs => Math.log(steps.reduce((sum, [count, works]) => sum + count * stepTime(cell, works, factorsOf(logs)).total, 0));
+  const middle = log(cell.mean), h = C.step, moved = (column, side) => cell.mean.map((value, j) => value + side * h * column[j]);
+  const ends = cell.root.map(column => [log(moved(column, 1)), log(moved(column, -1))]);
+  const deviations = [...ends.map(([up, down]) => (up - down) / (2 * h)),
+    ...ends.map(([up, down]) => (up + down - 2 * middle) * Math.sqrt(h * h - 1) / (2 * h * h))];
   const parts = steps.map(([count, works]) => ({ count, ...stepTime(cell, works, factorsOf(cell.mean)) }));
-  return { ms: total(cell.mean), gradient, steps, parts, sd: spread(cell, gradient, 1) };
+  return { ms: Math.exp(middle), deviations, steps, parts, sd: spread(cell, deviations, 1) };
 }
 
-function spread(cell, gradient, residuals) {
-  let variance = residuals * cell.residual ** 2;
-  gradient.forEach((a, i) => gradient.forEach((b, j) => { variance += a * cell.covariance[i][j] * b; }));
-  return Math.sqrt(Math.max(variance, 0));
+function spread(cell, deviations, residuals) {
+  return Math.sqrt(deviations.reduce((sum, one) => sum + one * one, residuals * cell.residual ** 2));
 }
 
 function interval(value, sd) {
@@ -117,7 +114,7 @@ function linears(timed) {
 function ratioOf(cell, slow, fast) {
   if (JSON.stringify(slow.steps) === JSON.stringify(fast.steps)) return { value: 1, low: 1, high: 1 };
   const residuals = linears(slow) === linears(fast) ? 0 : 2;
-  return interval(slow.ms / fast.ms, spread(cell, slow.gradient.map((g, i) => g - fast.gradient[i]), residuals));
+  return interval(slow.ms / fast.ms, spread(cell, slow.deviations.map((one, i) => one - fast.deviations[i]), residuals));
 }
 
 function within(timed, limit) {  // probability, with the error function of Abramowitz and Stegun 7.1.26
