@@ -1,11 +1,14 @@
-"""What unpacking costs inside fused kernels, from published times over batches (`measurements/batched.csv`, sources in SOURCES.md beside it).
+"""What unpacking costs inside fused kernels, from published times over batches (`measurements/batched.csv`, sources beside it).
 
 A decode step of one sequence says nothing of it: the memory is slower, and unpacking hides behind it. As the batch grows, the weights are
 read once and unpacked for every block of rows, and the time leaves the line of the bytes. For each source the factors of the model are
 calibrated with all its rows at once, 16-bit ones included, from the prior of their class with a prior of `unpack` so wide that it says
-nothing (`_WIDE`); what comes out is the device's own `unpack` with its uncertainty, which is large where all rows were bound by something else.
+nothing (`_WIDE`); what comes out is the device's own `unpack` with its uncertainty, which is large where all rows were bound by something
+else.
 
-The family's prior is what these say of the next kernel on the next device: with log u_i ~ N(mu, tau^2) and a measured x_i ~ N(log u_i, s_i^2),
+Kernels of TensorRT-LLM 0.15 unpack at less than half of the speed of Marlin's, so a runtime of `BATCHED_RUNTIMES` has a prior of its own.
+The family's prior is what the others, which `src/fewbit/decide/kernels.toml` tries first, say of the next kernel on the next device: with
+log u_i ~ N(mu, tau^2) and a measured x_i ~ N(log u_i, s_i^2),
 
     p(mu, tau | x)  ~  half-normal(tau; TAU) prod_i N(x_i; mu, tau^2 + s_i^2),        predicted: N(mean of mu, var of mu + mean of tau^2)
 
@@ -35,7 +38,7 @@ from fewbit.predict.outline import LinearGroup, Outline, outline_of
 from fewbit.predict.prediction import StepPoint
 from fewbit.predict.step import Work, choose_path, step_time, step_work
 
-__all__ = ["BATCHED", "TAU", "Fitted", "fit_sources", "unpack_prior"]
+__all__ = ["BATCHED", "BATCHED_RUNTIMES", "TAU", "Fitted", "fit_sources", "unpack_prior"]
 
 BATCHED = Path(__file__).parent / "measurements" / "batched.csv"
 # bench.py of IST-DASLab/marlin, Llama13B: (in, out) of the joined linears of a block.
@@ -43,6 +46,7 @@ _MARLIN_13B = ((5120, 15360), (5120, 5120), (5120, 27136), (13568, 5120))
 TAU = 0.35
 _WIDE = 1.5
 _RESIDUAL = 0.05  # tables over batches are rounded, and run at other clocks
+BATCHED_RUNTIMES = ("tensorrt-llm",)
 _AT = FACTORS.index("unpack")
 
 
@@ -57,6 +61,7 @@ class Fitted:
 
     source: str
     device: str
+    runtime: str
     kernel: str
     unpack: float
     log_sd: float
@@ -120,12 +125,13 @@ def _fit(name: str, texts: Sequence[dict[str, str]], rows: Sequence[_Row]) -> Fi
     found = calibrate(prior, [row.log_time for row in rows], [math.log(row.milliseconds) for row in rows])
     errors = tuple(abs(row.log_time(found.mean) - math.log(row.milliseconds)) for row in rows if row.packed)
     sd = math.sqrt(found.covariance[_AT, _AT])
-    return Fitted(name, texts[0]["device"], texts[0]["kernel"], math.exp(found.mean[_AT]), sd, errors)
+    first = texts[0]
+    return Fitted(name, first["device"], first["runtime"], first["kernel"], math.exp(found.mean[_AT]), sd, errors)
 
 
-def unpack_prior(prior: Prior, path: Path = BATCHED) -> Prior:
-    """The same prior with `unpack` as the sources predict it for another device."""
-    sources = fit_sources(path)
+def unpack_prior(prior: Prior, runtime: str | None = None, path: Path = BATCHED) -> Prior:
+    """The same prior with `unpack` as the sources predict it for another device; of one runtime of `BATCHED_RUNTIMES`, or in general."""
+    sources = [one for one in fit_sources(path) if (one.runtime in BATCHED_RUNTIMES) == (runtime in BATCHED_RUNTIMES)]
     logs, sds = np.array([math.log(one.unpack) for one in sources]), np.array([one.log_sd for one in sources])
     mu, tau = np.meshgrid(np.linspace(-3, 3, 601), np.linspace(0.005, 2, 400), indexing="ij")
     variance = tau[..., None] ** 2 + sds**2

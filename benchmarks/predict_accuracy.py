@@ -9,7 +9,7 @@ For each device, the priors of its family are fitted without it; then the device
     python benchmarks/predict_accuracy.py [--data FILE] [--devices] [--json FILE]
     python benchmarks/predict_accuracy.py --write-priors        # src/fewbit/predict/priors.toml from all devices
 
-Batches are not in that file: what unpacking costs there comes from `measurements/batched.csv` (`_batched.py`) and is printed after the tables.
+Batches are not in that file: what unpacking costs in them comes from `measurements/batched.csv` (`_batched.py`), printed after the tables.
 
 Which rows count was decided before fitting (`_measurements.EXCLUDED_FLAGS`). The bars on discrete and Apple GPUs are over the main set
 (`use_in_analysis` yes), one row per format; the sweeps over longer contexts, which are many rows of few devices, are printed apart.
@@ -29,7 +29,7 @@ from statistics import median
 
 import numpy as np
 from _bars import Bar, NotMeasuredError, add_arguments, run_bars
-from _batched import fit_sources, unpack_prior
+from _batched import BATCHED_RUNTIMES, fit_sources, unpack_prior
 from _measurements import DATA, Group, read_groups
 
 from fewbit.predict.calibration import Z90
@@ -92,7 +92,7 @@ def family_prior(groups: Sequence[Group], family: str, runtime: str | None = Non
     if len({one.device for one in same}) >= _LEAST_DEVICES_OF_A_RUNTIME:
         known = same
     prior = fit_prior(known, start)
-    return unpack_prior(prior) if family == "gpu" and runtime is None else prior
+    return unpack_prior(prior, runtime) if family == "gpu" and runtime in (None, *BATCHED_RUNTIMES) else prior
 
 
 def leave_one_out(groups: Sequence[Group]) -> list[Error]:
@@ -182,7 +182,8 @@ def print_batched() -> None:
     for one in fit_sources():
         low, high = (one.unpack * math.exp(sign * Z90 * one.log_sd) for sign in (-1, 1))
         error = 100 * (math.exp(median(one.errors)) - 1)
-        print(f"{one.source:16s} {one.kernel:16s} {one.device:12s} {one.unpack:.2f} [{low:.2f}, {high:.2f}]   {error:8.1f} ({len(one.errors)})")
+        share = f"{one.unpack:.2f} [{low:.2f}, {high:.2f}]"
+        print(f"{one.source:16s} {one.kernel:16s} {one.device:12s} {share:20s} {error:8.1f} ({len(one.errors)})")
 
 
 def _line(name: str, chosen: Sequence[Error]) -> str:
@@ -204,9 +205,10 @@ def write_priors(groups: Sequence[Group]) -> None:
         mine = [g.observed for g in groups if g.observed.family == family]
         named = {one.runtime: len({o.device for o in mine if o.runtime == one.runtime}) for one in mine}
         runtimes = [name for name, devices in sorted(named.items()) if devices >= _LEAST_DEVICES_OF_A_RUNTIME]
-        for runtime in [None, *(runtimes if len(named) > 1 else [])]:
+        runtimes = [*(runtimes if len(named) > 1 else []), *(BATCHED_RUNTIMES if family == "gpu" else ())]
+        for runtime in [None, *runtimes]:
             prior = family_prior(groups, family, runtime)
-            devices = named[runtime] if runtime else len({one.device for one in mine})
+            devices = named[runtime] if runtime in named else len({one.device for one in mine})
             rows = [f"{name} = [{getattr(prior.factors, name):.3g}, {prior.spread[i]:.3g}]" for i, name in enumerate(FACTORS)]
             source = f"{devices} devices of benchmarks/measurements{_of_relative(family)}{_of_batches(family, runtime)}"
             rows += [f"residual = {prior.residual:g}", f'source = "{source}"', ""]
@@ -219,7 +221,7 @@ def _of_relative(family: str) -> str:
 
 
 def _of_batches(family: str, runtime: str | None) -> str:
-    return "; unpack of batched.csv" if "gpu" in (family, _RELATIVES.get(family)) and runtime is None else ""
+    return "; unpack of batched.csv" if "gpu" in (family, _RELATIVES.get(family)) and runtime in (None, *BATCHED_RUNTIMES) else ""
 
 
 def _byte_ratio(groups: Sequence[Group]) -> str:

@@ -44,7 +44,8 @@ EstimatorOption = Annotated[
     str, Option(metavar="NAME", help="model, or bandwidth: nominal bits over the bandwidth, scaled by what was measured.")
 ]
 OverheadsOption = Annotated[
-    str | None, Option(metavar="NAME", help="Software whose overheads are known apart: llama.cpp or torch; else the class's own.")
+    str | None,
+    Option(metavar="NAME", help="Software whose kernels are known apart: llama.cpp, torch or tensorrt-llm; else the class's own."),
 ]
 ModelsArgument = Annotated[
     list[str],
@@ -59,6 +60,9 @@ QualityOption = Annotated[Path | None, Option(metavar="DIR", help="Results of fe
 PerplexityOption = Annotated[str | None, Option(metavar="LIST", help="Measured perplexities, e.g. 'bf16=12.4,int8=12.48,nf4=13.39'.")]
 MeasuredHereOption = Annotated[
     list[str] | None, Option(metavar="WORDS|FILE", help="Times measured on the device, as fewbit predict takes them.")
+]
+RuntimeOption = Annotated[
+    str | None, Option(metavar="NAME", help="The only runtime that may be used, e.g. vLLM or TensorRT-LLM; any if left out.")
 ]
 PriceOption = Annotated[
     list[str] | None, Option(metavar="PRICE", help="Per hour, 2.5 or h100-sxm=2.5, for the cost of tokens; may be repeated.")
@@ -193,6 +197,7 @@ def decide(
     perplexity: PerplexityOption = None,
     measured: MeasuredHereOption = None,
     bandwidth: BandwidthOption = None,
+    runtime: RuntimeOption = None,
     price: PriceOption = None,
     layers: LayersOption = 0,
     kv_heads: KvHeadsOption = 0,
@@ -221,6 +226,7 @@ def decide(
         perplexity=perplexity,
         measured=measured or (),
         bandwidth_gb_s=bandwidth,
+        runtime=runtime,
         prices=parse_prices(price or ()),
         hardware_file=hardware_file,
         machine=machine,

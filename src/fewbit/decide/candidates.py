@@ -20,6 +20,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.spec import Scheme, get_scheme
 from fewbit.models.inventory import Inventory
 from fewbit.predict.calibration import Posterior
+from fewbit.predict.efficiency import prior_of_device
 from fewbit.predict.hardware import Hardware
 from fewbit.predict.outline import Outline, outline_of
 from fewbit.predict.prediction import Estimate, MeasuredPoint, StepPoint
@@ -35,7 +36,7 @@ _FOUR_BIT_CACHE = "KV-INT4"
 
 @dataclass(frozen=True)
 class Situation:
-    """One model on one device under one workload."""
+    """One model on one device under one workload; `runtime` is the only one that may be used, any when empty."""
 
     inventory: Inventory
     model: str
@@ -45,6 +46,7 @@ class Situation:
     predictor: Predictor
     measured: tuple[MeasuredQuality, ...] = ()
     price_per_hour: float | None = None
+    runtime: str = ""
 
     @property
     def posterior(self) -> Posterior:
@@ -97,11 +99,17 @@ def situation_of(
     points: Sequence[MeasuredPoint] = (),
     measured: Sequence[MeasuredQuality] = (),
     price_per_hour: float | None = None,
+    runtime: str = "",
 ) -> Situation:
-    """A situation with its predictor, calibrated with `points`, which are of this model on this device."""
+    """A situation with its predictor, calibrated with `points`, which are of this model on this device.
+
+    Args:
+        runtime: the only one that may be used; its overheads and kernels count where they are known apart.
+    """
     outline = outline_of(inventory)
-    predictor = Predictor(hardware, outline, points)
-    return Situation(inventory, model, hardware, workload, outline, predictor, tuple(measured), price_per_hour)
+    prior = prior_of_device(hardware, runtime.lower()) if runtime else None
+    predictor = Predictor(hardware, outline, points, prior=prior)
+    return Situation(inventory, model, hardware, workload, outline, predictor, tuple(measured), price_per_hour, runtime)
 
 
 def list_options(situation: Situation) -> list[Option]:
@@ -119,16 +127,16 @@ def _caches(situation: Situation, scheme: Scheme) -> list[Scheme | None]:
     if not situation.inventory.kv:
         return [None]
     eights = [get_scheme(name) for name in _EIGHT_BIT_CACHES]
-    eight = next((one for one in eights if serving_with_cache(scheme, one, situation.hardware) is not None), eights[1])
+    eight = next((one for one in eights if serving_with_cache(scheme, one, situation.hardware, situation.runtime) is not None), eights[1])
     return [None, eight, get_scheme(_FOUR_BIT_CACHE)]
 
 
 def _option(situation: Situation, scheme: Scheme, cached: Scheme | None) -> Option:
     hardware, workload, inventory = situation.hardware, situation.workload, situation.inventory
     quality = estimate_quality(scheme, cached, inventory.parameters, workload.limits.max_quality_loss_percent, situation.measured)
-    found = serving_with_cache(scheme, cached, hardware)
+    found = serving_with_cache(scheme, cached, hardware, situation.runtime)
     serving, option = found if found is not None else (None, "")
-    obstacle = _obstacle(scheme, cached, serving, hardware)
+    obstacle = _obstacle(scheme, cached, serving, situation)
     try:
         memory = _memory(situation, scheme, cached)
         command = produce_command(situation.model, scheme, serving or serving_of(scheme, hardware), option)
@@ -141,11 +149,14 @@ def _option(situation: Situation, scheme: Scheme, cached: Scheme | None) -> Opti
     return _timed(base, situation, serving)
 
 
-def _obstacle(scheme: Scheme, cached: Scheme | None, serving: Serving | None, hardware: Hardware) -> str:
+def _obstacle(scheme: Scheme, cached: Scheme | None, serving: Serving | None, situation: Situation) -> str:
     """Why nothing runs a candidate; empty when something does."""
+    hardware = situation.hardware
     if serving is None:
-        assert cached is not None
-        return f"no runtime is known that runs {scheme.name} with a {cached.name} cache on this device"
+        what = scheme.name if cached is None else f"{scheme.name} with a {cached.name} cache"
+        if situation.runtime:
+            return f"{situation.runtime} is not known to run {what} on this device"
+        return f"no runtime is known that runs {what} on this device"
     fp4 = scheme.weights is not None and scheme.weights.grid_name == "fp4_e2m1"
     if fp4 and serving.path != "native":
         if hardware.multiplies("fp4"):

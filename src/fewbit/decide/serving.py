@@ -16,7 +16,7 @@ from typing import Any, Literal
 from fewbit.formats.spec import Scheme
 from fewbit.predict.hardware import Hardware
 
-__all__ = ["Serving", "cache_option", "format_class", "serving_of", "serving_with_cache"]
+__all__ = ["Serving", "cache_option", "format_class", "runtime_names", "serving_of", "serving_with_cache"]
 
 Path = Literal["native", "fused", "unfused", "dense"]
 
@@ -57,22 +57,36 @@ def format_class(scheme: Scheme) -> str:
     return f"w{spec.num_bits}a16" if inputs is None else f"w{spec.num_bits}a{inputs.num_bits}"
 
 
-def _weight_rows(name: str, hardware: Hardware) -> list[dict[str, Any]]:
+def runtime_names(hardware: Hardware) -> list[str]:
+    """Runtimes that run 16-bit weights on a device, the first choice first."""
+    return list(dict.fromkeys(row["runtime"] for row in _weight_rows("bf16", hardware)))
+
+
+def _is(row: Mapping[str, Any], runtime: str) -> bool:
+    """Whether a row is of a runtime, by its name with or without the remark in parentheses, in any case; of any for an empty one."""
+    return runtime.lower() in ("", row["runtime"].lower(), row["runtime"].lower().partition(" (")[0])
+
+
+def _weight_rows(name: str, hardware: Hardware, runtime: str = "") -> list[dict[str, Any]]:
     """Rows that run a class of formats on a device, the fastest first; native ones only where its matrix units multiply the format."""
     needs = {"fp8": "fp8", "w8a8": "int8", "nvfp4": "fp4", "mxfp4": "fp4"}.get(name)
-    rows = [row for row in _table()["weights"] if _fits(row, name, hardware)]
+    rows = [row for row in _table()["weights"] if _is(row, runtime) and _fits(row, name, hardware)]
     return [row for row in rows if row["path"] != "native" or needs is None or hardware.multiplies(needs)]
 
 
-def serving_with_cache(scheme: Scheme, cached: Scheme | None, hardware: Hardware) -> tuple[Serving, str] | None:
+def serving_with_cache(scheme: Scheme, cached: Scheme | None, hardware: Hardware, runtime: str = "") -> tuple[Serving, str] | None:
     """What runs a scheme's linears beside a cache in another scheme's format, and the option that switches that on.
 
     One runtime must have both, so that with a quantized cache it may be another one than without. None: no such runtime is known.
+
+    Args:
+        runtime: the only one that may be used; any when empty.
     """
     if cached is None or cached.kv_keys is None:
-        return serving_of(scheme, hardware), ""
+        known = not runtime or _weight_rows(format_class(scheme), hardware, runtime)
+        return (serving_of(scheme, hardware, runtime), "") if known else None
     cache_rows = [row for row in _table()["cache"] if _fits(row, _cache_class(cached), hardware)]
-    for row in _weight_rows(format_class(scheme), hardware):
+    for row in _weight_rows(format_class(scheme), hardware, runtime):
         option = next((one["option"] for one in cache_rows if one["runtime"] == row["runtime"]), None)
         if option is not None:
             fields = (row["runtime"], row["kernel"], row["path"], row["layout"], row["source"], "", row.get("make", ""))
@@ -98,14 +112,14 @@ def _fits(row: Mapping[str, Any], name: str, hardware: Hardware) -> bool:
     return name in row["formats"] and family in kinds and capable
 
 
-def serving_of(scheme: Scheme, hardware: Hardware) -> Serving:
-    """What runs a scheme's linears on a device.
+def serving_of(scheme: Scheme, hardware: Hardware, runtime: str = "") -> Serving:
+    """What runs a scheme's linears on a device, in one runtime or in whichever does it best.
 
     A native row counts only where the device's matrix units multiply the format. Where no row fits, the weight is dequantized into a
     16-bit copy before each product, which any runtime can do and which is slower than BF16.
     """
     name = format_class(scheme)
-    rows = _weight_rows(name, hardware)
+    rows = _weight_rows(name, hardware, runtime)
     unfused = "a 16-bit copy before each product (unfused): slower than BF16"
     if not rows:
         return Serving("transformers", "dequantization before each product", "unfused", "compressed-tensors", "", unfused)

@@ -16,6 +16,7 @@ from fewbit.decide.choose import decide_cell
 from fewbit.decide.decision import DecideResults
 from fewbit.decide.quality import MeasuredQuality, measured_from_perplexities, parse_perplexities
 from fewbit.decide.scene import scene_of
+from fewbit.decide.serving import runtime_names
 from fewbit.decide.workload import Workload, get_workload, with_limits
 from fewbit.errors import UsageError
 from fewbit.models.inventory import Inventory
@@ -50,6 +51,7 @@ def decide_deployment(
     hardware_file: Path | None = None,
     machine: Path | None = None,
     bandwidth_gb_s: float | None = None,
+    runtime: str | None = None,
     layers: int = 0,
     kv_heads: int = 0,
     head_dim: int = 0,
@@ -66,6 +68,7 @@ def decide_deployment(
         measured: times on the device, as words, files (`predict.measured`) or points; for one model on one device.
         machine: for `this-machine`: what `fewbit bench --machine --json` printed; measured now when None.
         bandwidth_gb_s: in place of the data sheet's; for one device.
+        runtime: the only one that may be used, for example `vLLM`; any when None.
         prices: per hour and device, by the device's name, or under the empty name for all.
         hardware_file: TOML with further devices.
         layers, kv_heads, head_dim: the cache's geometry, for a bare count.
@@ -101,7 +104,7 @@ def decide_deployment(
     points, doubts = _points(measured, devices[0], next(iter(inventories.values())))
     warnings += doubts
     situations = [
-        _situation(inventory, name, device, served, losses, points, prices or {})
+        _situation(inventory, name, device, served, losses, points, prices or {}, _runtime(runtime, device))
         for name, inventory in inventories.items()
         for device in devices
     ]
@@ -126,9 +129,24 @@ def _situation(
     losses: Sequence[MeasuredQuality],
     measured: Sequence[MeasuredPoint],
     prices: Mapping[str, float],
+    runtime: str,
 ) -> Situation:
     price = next((value for key, value in prices.items() if key == device.name or key in device.aliases), prices.get(""))
-    return situation_of(inventory, _loadable(name, inventory), device, workload, points=measured, measured=losses, price_per_hour=price)
+    model = _loadable(name, inventory)
+    return situation_of(inventory, model, device, workload, points=measured, measured=losses, price_per_hour=price, runtime=runtime)
+
+
+def _runtime(name: str | None, device: Hardware) -> str:
+    """The runtime's name as the table of kernels writes it."""
+    if name is None:
+        return ""
+    known = runtime_names(device)
+    found = next((one for one in known if name.strip().lower() in (one.lower(), one.lower().partition(" (")[0])), None)
+    if found is None:
+        raise UsageError(
+            f"nothing is known of the runtime '{name}' on {device.label}", f"choose one of {', '.join(known)}, or leave it out"
+        )
+    return found.partition(" (")[0]
 
 
 def _loadable(name: str, inventory: Inventory) -> str:

@@ -82,7 +82,7 @@ def predict_model(
         bandwidth_gb_s: in place of the data sheet's.
         measured: words or files, as `predict.measured` reads them: of this model on this device.
         estimator: `model`, or `bandwidth` (nominal bits over the bandwidth, scaled by the measured points).
-        runtime: software whose launches and kernels are known apart, `llama.cpp` or `torch`; the class's own prior when None.
+        runtime: software whose kernels are known apart, `llama.cpp`, `torch` or `tensorrt-llm`; the class's own prior when None.
         compute: for this-machine: which CPU kernels run, `exact` ones or those with `int8-activations`.
         schemes, phases, kv, batches, contexts: the steps to predict, every combination. When empty: BF16, INT8, INT4 and what the
             device multiplies natively; phase, cache, batch and context that were measured, else decode of one sequence at 1,024 tokens.
