@@ -2,7 +2,8 @@
 
 The page computes what `predict.step`, `decide.timing`, `decide.memory` and `decide.choose` compute, from these numbers alone; a test moves
 its controls in a browser and compares with this package. What depends on nothing that can be moved (bytes of a weight, losses, what runs
-where) is computed here and only carried over.
+where) is computed here and only carried over. A machine whose kernels were measured is timed by tables of their rates
+(`predict.rates`), which the page does not have: it shows the decision and its figures, and does not decide again.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def scene_of(situation: Situation) -> dict[str, Any]:
     caches = dict.fromkeys(option.cached.name if option.cached else "BF16" for option in options)
     return {
         "model": inventory.name,
+        "explorable": hardware.rates is None,
         "label": hardware.label,
         "bandwidth": hardware.bandwidth_gb_s,
         "dense": dict(hardware.dense_tflop_s),

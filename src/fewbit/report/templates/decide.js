@@ -258,8 +258,11 @@ function reset() {
   show();
 }
 
-pageData.scenes.forEach((scene, i) => control("cell").add(new Option(`${scene.model} on ${scene.label}`, String(i))));
+pageData.scenes.forEach((scene, i) => {
+  if (scene.explorable) control("cell").add(new Option(`${scene.model} on ${scene.label}`, String(i)));
+});
 for (const name of ["batch", "prompt", "answer", "bandwidth", "cache", "goal"]) control(name).addEventListener("input", show);
 control("cell").addEventListener("input", reset);
 document.getElementById("reset").addEventListener("click", reset);
-reset();
+if (control("cell").options.length) reset();
+else document.getElementById("explorer").hidden = true;
