@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                # all bars; needs benchmarks/.peers/{llamacpp,openvino}
     python benchmarks/decode.py --only qwen2.5-0.5b-int4       # the bars whose names begin so
+    python benchmarks/decode.py --results FILE                 # keeps what is measured in FILE, and measures only what is not there
     python benchmarks/decode.py --prepare                      # only make the GGUF files
 
 Models have random weights in the shapes of Qwen2.5 0.5B and 1.5B, in every contender's own format. Each contender is a process
@@ -9,6 +10,8 @@ Models have random weights in the shapes of Qwen2.5 0.5B and 1.5B, in every cont
 memory among them. What is compared are medians of the passes that had the cores to themselves. Printed with each: bytes read per token and
 the format of the output head, since llama.cpp's Q4_0 files keep it in Q6_K or Q8_0; fewbit has it in INT8 here, or in INT4 where the name
 says so. What that costs in quality is printed last: the divergence of the bundled model with nothing but its head quantized.
+
+`--hold` waits for a line on standard input when the models of a group are loaded, so that several benchmarks of one machine can take turns.
 
 Decode passes, too, where memory forbids to be faster: at 0.92 of the measured bandwidth over the bytes per token.
 """
@@ -18,10 +21,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,8 @@ PHASES: dict[str, dict[str, int]] = {
     "prefill512": {"batch": 1, "context": 0, "steps": 0, "prompt": 512},
     "batch8": {"batch": 8, "context": 128, "steps": 8, "prompt": 0},
 }
+# What the bars ask for: only the INT4 group has more than decode.
+PHASES_OF = {"int4": tuple(PHASES), "int8": ("decode",), "bf16": ("decode",)}
 PREFILL_PEERS = ("llamacpp-q4_0", "openvino-q4_0")
 MEMORY_SHARE = 0.92  # of bandwidth: nobody has to be faster
 GROWTH = 1.1
@@ -55,6 +62,22 @@ class Measured:
     series: dict[str, Series]
     bandwidth: float
     reasons: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)  # when, on what
+
+    def to_json(self) -> dict[str, Any]:
+        """All passes in seconds, and what is known about each contender."""
+        series = {name: {"seconds": s.kept, "dropped": s.dropped, "fastest": s.fastest, **s.facts} for name, s in self.series.items()}
+        return {**self.about, "read_bandwidth_gb_per_s": self.bandwidth, "contenders": series, "not_measured": self.reasons}
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> Measured:
+        """The inverse of `to_json`."""
+        series = {}
+        for name, facts in kept["contenders"].items():
+            rest = {key: value for key, value in facts.items() if key not in ("seconds", "dropped", "fastest")}
+            series[name] = Series(facts["seconds"], facts["dropped"], facts["fastest"], rest)
+        about = {key: value for key, value in kept.items() if isinstance(value, str)}
+        return cls(series, kept["read_bandwidth_gb_per_s"], kept["not_measured"], about)
 
     def rate(self, name: str) -> float:
         """Tokens per second."""
@@ -84,21 +107,22 @@ class Measured:
 
 
 class Models:
-    """Measures groups on demand, each once."""
+    """Measures groups on demand, each once; with a results file each phase is kept there, and none is measured that it has."""
 
-    def __init__(self, threads: int, passes: int, limit: float) -> None:
-        self.threads, self.passes, self.limit = threads, passes, limit
-        self._done: dict[tuple[str, str], dict[str, Measured]] = {}
+    def __init__(self, threads: int, passes: int, limit: float, results: Path | None = None, hold: bool = False) -> None:
+        self.threads, self.passes, self.limit, self.results, self.hold = threads, passes, limit, results, hold
+        kept = json.loads(results.read_text(encoding="utf-8")) if results is not None and results.is_file() else {}
+        self._done = {title: Measured.from_json(measured) for title, measured in kept.items()}
 
     def phase(self, shapes: str, group: str, phase: str) -> Measured:
-        """The measurements of one phase; the whole group is measured when it is first asked for."""
-        if (shapes, group) not in self._done:
-            self._done[shapes, group] = self._measure(shapes, group)
-        return self._done[shapes, group][phase]
+        """The measurements of one phase; what its group lacks is measured when it is first asked for."""
+        title = f"{shapes} {group} {phase}"
+        if title not in self._done:
+            self._measure(shapes, group)
+        return self._done[title]
 
-    def _measure(self, shapes: str, group: str) -> dict[str, Measured]:
+    def _measure(self, shapes: str, group: str) -> None:
         files = {kind: str(model_file(shapes, kind)) for kind in ("bf16", "q4_0", "q8_0")}
-        done = {}
         with contextlib.ExitStack() as stack:
             workers: dict[str, Worker] = {}
             for name in (*GROUPS[group], "read"):
@@ -107,13 +131,24 @@ class Models:
                 script = _HERE / "peers" / ("kernels_read.py" if peer == "read" else f"decode_{peer}.py")
                 workers[name] = Worker(name, python, script, threads=self.threads)
                 stack.callback(workers[name].close)
-            for phase, settings in PHASES.items():
-                case = {"shapes": shapes, "threads": self.threads, "gguf": files, **settings}
-                done[phase] = self._phase(workers, case, GROUPS[group])
-                print("\n".join(done[phase].lines(f"{shapes} {group} {phase}")), flush=True)
-        return done
+            holds = self.hold
+            for phase in PHASES_OF[group]:
+                title = f"{shapes} {group} {phase}"
+                if title in self._done:
+                    continue
+                case = {"shapes": shapes, "threads": self.threads, "gguf": files, **PHASES[phase]}
+                self._done[title] = self._phase(workers, case, GROUPS[group], title if holds else "")
+                holds = False
+                print("\n".join(self._done[title].lines(title)), flush=True)
+                self._keep()
 
-    def _phase(self, workers: dict[str, Worker], case: dict[str, Any], names: tuple[str, ...]) -> Measured:
+    def _keep(self) -> None:
+        if self.results is not None:
+            self.results.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({title: done.to_json() for title, done in self._done.items()}, indent=1)
+            self.results.write_text(text + "\n", encoding="utf-8")
+
+    def _phase(self, workers: dict[str, Worker], case: dict[str, Any], names: tuple[str, ...], wait: str) -> Measured:
         from fewbit import _native
 
         found, reasons = [], {}
@@ -127,11 +162,23 @@ class Models:
         for read in reads:
             facts = workers["read"].ask(op="setup", key=read, case={"contender": read, "bytes": _GIB, "threads": self.threads})
             found.append(Contender(read, workers["read"], read, facts))
+        if wait:
+            print(f"{wait}: set up, waiting for a line", flush=True)
+            sys.stdin.readline()
         series = interleave(found, passes=self.passes, limit_seconds=self.limit)
         rates = [_GIB / median for read in reads if (median := _median(series.pop(read))) is not None]
         for worker in workers.values():
             worker.ask(op="drop")
-        return Measured(series, max(rates, default=float("nan")) / 1e9, reasons)
+        about = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": _cpu(), "platform": platform.platform()}
+        about["threads"] = str(self.threads)
+        return Measured(series, max(rates, default=float("nan")) / 1e9, reasons, about)
+
+
+def _cpu() -> str:
+    """The CPU's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _median(series: Series) -> float | None:
@@ -210,6 +257,8 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=11, help="passes of each contender that count")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds of passes per phase")
     parser.add_argument("--only", default="", help="bars whose names begin so")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="keep what is measured in FILE; what it has is not measured again")
+    parser.add_argument("--hold", action="store_true", help="wait for a line on standard input before the passes of each group")
     parser.add_argument("--prepare", action="store_true", help="make the GGUF files and measure nothing")
     add_arguments(parser)
     arguments = parser.parse_args()
@@ -218,7 +267,7 @@ def main() -> int:
             for kind in ("bf16", "q4_0", "q8_0"):
                 print(model_file(shapes, kind))
         return 0
-    models = Models(arguments.threads, arguments.passes, arguments.limit)
+    models = Models(arguments.threads, arguments.passes, arguments.limit, arguments.results, arguments.hold)
     code = run_bars(bars(models, arguments.only), list_only=arguments.list, json_file=arguments.json)
     if not arguments.list and "head".startswith(arguments.only):
         print_head_kl("int8")

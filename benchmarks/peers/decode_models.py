@@ -2,14 +2,16 @@
 
     python benchmarks/peers/decode_models.py qwen2.5-0.5b          # BF16, Q4_0 and Q8_0 under benchmarks/.peers/llamacpp/models
 
-The speed of a product does not depend on the weights' values, so a block of random numbers that repeats will do. The vocabulary is made up
-(words `t0`, `t1`, ...), as large as the model's. Run by fewbit's own Python: the shapes are `fewbit.models.shapes`'.
+The speed of a product does not depend on the weights' values, so a block of random numbers that repeats will do; every tensor begins at
+another place of it, or a runtime would find the layers equal and keep one of them. The vocabulary is made up (words `t0`, `t1`, ...), as
+large as the model's. Run by fewbit's own Python: the shapes are `fewbit.models.shapes`'.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ def _add(writer: GGUFWriter, name: str, shape: tuple[int, ...], block: np.ndarra
         writer.add_tensor(name, np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32))
         return
     halves = (block.view(np.uint32) >> 16).astype(np.uint16)  # BF16 by cutting: random numbers stay random
-    data = np.resize(halves, shape).view(np.uint8)
+    data = np.resize(np.roll(halves, zlib.crc32(name.encode())), shape).view(np.uint8)
     writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType.BF16)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import decode
 import pytest
 from _bars import NotMeasuredError
@@ -54,3 +56,28 @@ def test_a_table_names_who_was_not_measured() -> None:
     assert lines[0] == "title: reads 40.0 GB/s"
     assert any("llamacpp-q4_0" in line and "80.0 tokens/s" in line and "400 MB/token, head INT8" in line for line in lines)
     assert any("openvino-q4_0" in line and "not installed" in line for line in lines)
+
+
+def test_kept_measurements_are_not_made_again(tmp_path) -> None:
+    file = tmp_path / "decode.json"
+    first = decode.Models(2, 1, 1.0, file)
+    first._done["qwen2.5-0.5b int8 decode"] = _Models(36.0).phase("qwen2.5-0.5b", "int8", "decode")
+    first._keep()
+    kept = decode.Models(2, 1, 1.0, file).phase("qwen2.5-0.5b", "int8", "decode")
+    assert (kept.bandwidth, kept.rate("fewbit-int8"), kept.rate("llamacpp-q8_0")) == (36.0, 100.0, 80.0)
+    assert kept.series["fewbit-int8"].facts == _series(0.08).facts
+    assert kept.reasons == {"openvino-q4_0": "not installed"}
+
+
+def test_every_bar_has_its_phase() -> None:
+    asked: set[tuple[str, str]] = set()
+
+    class Asked(_Models):
+        def phase(self, shapes: str, group: str, phase: str) -> decode.Measured:
+            asked.add((group, phase))
+            return super().phase(shapes, group, phase)
+
+    for bar in decode.bars(Asked(40.0), "qwen2.5-0.5b"):
+        with contextlib.suppress(NotMeasuredError):
+            bar.value()
+    assert asked == {(group, phase) for group, phases in decode.PHASES_OF.items() for phase in phases}
