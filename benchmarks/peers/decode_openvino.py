@@ -1,18 +1,11 @@
 """OpenVINO GenAI on the same GGUF files: its own reader, its own tokenization left out.
 
-GenAI 2026.4.1 reads a GGUF file into a graph that its own CPU plugin then refuses ("ReadValue contains dead weak ptr"). The same graph,
-saved by GenAI before (`enable_save_ov_model`) and read back, is compiled. So the first use of a file saves the graph beside it, and every
-use runs that.
-
 A pass is one `generate`; what counts of it are its own times: to the first token for a prefill, of the tokens after it for decode. Every
 pass has a prompt of its own, so that no cache of prefixes answers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,28 +17,10 @@ _TYPES = {"openvino-q4_0": "q4_0", "openvino-q8_0": "q8_0"}
 _pipelines: dict[str, Any] = {}
 
 
-def _saved(path: Path) -> Path:
-    """The directory with GenAI's graph of a GGUF file, which is made when it is missing."""
-    directory = path.with_name(path.stem + "-openvino")
-    if not (directory / "openvino_model.xml").is_file():
-        partial = path.with_name(path.stem + "-openvino.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        (partial / "model.gguf").symlink_to(path.resolve())
-        with contextlib.suppress(RuntimeError):  # it saves, then compiles, and fails there
-            genai.LLMPipeline(partial / "model.gguf", "CPU", enable_save_ov_model=True)
-        if not (partial / "openvino_model.xml").is_file():
-            raise RuntimeError("GenAI saved no graph of the GGUF file")
-        partial.rename(directory)
-    return directory
-
-
 def _pipeline(path: str, threads: int) -> Any:
     if path not in _pipelines:
         _pipelines.clear()
-        directory = _saved(Path(path))
-        tokenizer = genai.Tokenizer(directory / "model.gguf")
-        _pipelines[path] = genai.LLMPipeline(directory, tokenizer, "CPU", INFERENCE_NUM_THREADS=threads, ENABLE_HYPER_THREADING=True)
+        _pipelines[path] = genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads, ENABLE_HYPER_THREADING=True)
     return _pipelines[path]
 
 
@@ -57,7 +32,6 @@ def setup(case: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
     random = np.random.default_rng(0)
     config = genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos = (1 if prompt else steps + 1), True
-    config.eos_token_id, config.stop_token_ids = 1, {1}
 
     def work() -> float:
         ids = random.integers(2, 1000, (1, prompt or context))
