@@ -64,7 +64,7 @@ wheel: ## a wheel for this interpreter in dist/
 schema: setup ## rewrite the JSON Schema of results.json from the result types
 	$(BIN)/python -m fewbit.report.results_file
 
-docs: setup ## rewrite the generated documentation (docs/cli.md)
+docs: setup ## rewrite the generated pages of docs/: cli.md, reference.md, runtimes.md
 	$(BIN)/python scripts/generate_docs.py
 
 bench: setup ## the bars of benchmarks/

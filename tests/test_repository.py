@@ -154,6 +154,12 @@ def test_every_command_stands_in_the_readme() -> None:
     assert not [name for name in commands if f"`fewbit {name}" not in README]
 
 
+def test_every_workflow_of_the_python_api_stands_in_the_readme() -> None:
+    workflows = [name for name, home in fewbit._HOMES.items() if home.startswith("fewbit.workflows.") and name[0].islower()]
+    assert len(workflows) > 10
+    assert not [name for name in workflows if not re.search(rf"`?(fewbit\.)?{name}[`(]", README)]
+
+
 def test_every_layer_stands_in_the_readme_and_in_the_import_contract() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     contract = " ".join(project["tool"]["importlinter"]["contracts"][0]["layers"])
