@@ -93,8 +93,8 @@ def test_compare_writes_a_whole_report(
     monkeypatch.setattr(machine, "_MAX_BUFFER_BYTES", 64 << 20)
     monkeypatch.setattr(compare, "measure_machine", partial(machine.measure_machine, quick=True))
     out = tmp_path / "results"
-    arguments = ["compare", tiny_llama_dir, "--variants", "w8a16,kv-int8", "--text", text, "--prompt-tokens", "32", "--context", "16"]
-    assert run(*arguments, *FEW_TOKENS, "--out", out, "--json") == 0
+    options: list[str | Path] = ["--variants", "w8a16,kv-int8", "--text", text, "--prompt-tokens", "32", "--context", "16", *FEW_TOKENS]
+    assert run("compare", tiny_llama_dir, *options, "--out", out, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "results.json").read_text())
     assert [row["variant"]["name"] for row in printed["variants"]] == ["bf16", "w8a16", "kv-int8"]
@@ -135,7 +135,7 @@ def test_generate_streams_the_text_it_returns(tiny_llama_dir: Path, capsys: pyte
 
 
 def remove(*names: str) -> Callable[[Path], object]:
-    return lambda model: [(model / name).unlink() for name in names]
+    return lambda model: [(model / name).unlink() for name in names]  # type: ignore[func-returns-value]
 
 
 def truncate(model: Path) -> None:

@@ -61,7 +61,7 @@ def test_strength_zero_flattens_the_weights_and_one_the_activations() -> None:
     weights, _, statistics = data()
     for strength, flat in ((0.0, lambda s: torch.cat(weights).abs().amax(0) * s), (1.0, lambda s: statistics.max_abs / s)):
         scale = smoothquant_scales(weights, WEIGHTS, INPUTS, statistics, SmoothQuantSettings(strengths=(strength,))).scale
-        values = flat(scale)
+        values = flat(scale)  # type: ignore[no-untyped-call]
         torch.testing.assert_close(values, values.mean().expand(64), rtol=1e-4, atol=0)
 
 

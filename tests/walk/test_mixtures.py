@@ -31,21 +31,21 @@ _MOE: dict[str, Any] = {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "m
 CONFIGS: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2),
     "qwen2_moe": Qwen2MoeConfig(**_MOE, shared_expert_intermediate_size=64, decoder_sparse_step=1),
-    "qwen3_moe": Qwen3MoeConfig(**_MOE, head_dim=8),
+    "qwen3_moe": Qwen3MoeConfig(**_MOE, head_dim=8),  # type: ignore[call-arg]
 }
 
 
 def _mixture(windows: list[list[int]]) -> tuple[nn.Module, ExpertList, list[tuple[torch.Tensor, ...]]]:
     """A mixture, and for each window hidden states routed in turns to the experts that the window lists."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"], dtype=torch.float32).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"], dtype=torch.float32).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     unfuse_experts(model)
     mixture = next(experts for _, experts in expert_lists(model))
     calls = []
     for experts in windows:
         index = torch.tensor([[experts[t % len(experts)], experts[(t + 1) % len(experts)]] for t in range(32)])
         calls.append((torch.randn(32, 32), index, torch.full((32, 2), 0.5)))
-    return model, mixture, calls
+    return model, mixture, calls  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("calibrating", [False, True])
@@ -69,7 +69,7 @@ def write_mixture(name: str, directory: Path, tokenizer_of: Path) -> Path:
     sizes = {"vocab_size": 512, "max_position_embeddings": 64, "num_local_experts": 6, "num_experts": 6}
     config = type(CONFIGS[name])(**{**CONFIGS[name].to_dict(), **sizes})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for layer in model.model.layers:
             router = layer.mlp.gate.weight
@@ -143,7 +143,8 @@ def test_transformers_reads_the_experts(name: str, scheme: str, tiny_llama_dir: 
     quantize_model(source, scheme=scheme, out=tmp_path / "out", settings=ungated)
     read = open_source(tmp_path / "out")
     ours = load_model(read, QuantizationConfig(read.scheme, kernel="unfused")).model  # type: ignore[arg-type]
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, experts_implementation="eager").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, experts_implementation="eager")
+    theirs.eval()  # type: ignore[no-untyped-call]
     ids = torch.arange(16)[None]
     with torch.no_grad():
         assert torch.equal(ours(ids, use_cache=False).logits, theirs(ids, use_cache=False).logits)
@@ -168,7 +169,7 @@ def test_what_transformers_does_not_read_is_said(tiny_llama_dir: Path, ungated: 
 
 def test_experts_of_another_kind_stay_in_high_precision_and_it_is_said(tiny_llama_dir: Path, ungated: WalkSettings, tmp_path: Path) -> None:
     config = GptOssConfig(**{**_SIZES, "vocab_size": 512, "head_dim": 8, "num_hidden_layers": 1}, num_local_experts=4)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")  # type: ignore[no-untyped-call]
     for file in tiny_llama_dir.glob("tokenizer*"):
         (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
     result = quantize_model(tmp_path / "source", scheme="W4A16-G32", out=tmp_path / "out", settings=ungated)

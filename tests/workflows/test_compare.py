@@ -118,7 +118,7 @@ def test_peaks_stay_within_the_models_positions(tmp_path: Path, tiny_llama_dir: 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_llama_dir / name, tmp_path / "gpt2")
     requests: list[PeakRequest] = []
-    monkeypatch.setattr(PeakMeter, "measure", lambda _, request: requests.append(request) or (2, 1))
+    monkeypatch.setattr(PeakMeter, "measure", lambda _, request: requests.append(request) or (2, 1))  # type: ignore[func-returns-value]
     results = compare(tmp_path / "gpt2", texts=[text], settings=replace(SETTINGS, peak=True))
     assert [row.variant.name for row in results.variants] == ["bf16", "kv-int8", "kv-fp8"]
     assert any("Conv1D" in warning and "(int8-w8a16)" in warning for warning in results.warnings)
