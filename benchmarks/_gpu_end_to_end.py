@@ -7,19 +7,24 @@ batch 1 to 64, where W4A16 stops paying, and a prompt of 2,048. Every model is b
 from __future__ import annotations
 
 import gc
+import inspect
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from _gpu_common import Clock, Settings
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from fewbit.formats.spec import get_scheme
 from fewbit.models.shapes import shapes_config
 from fewbit.runtime.gpu_engine import GpuEngine
 from fewbit.runtime.gpu_model import GpuModel, random_model
 
-__all__ = ["ROWS", "measure_batches", "measure_single", "tiny_config"]
+__all__ = [
+    "BATCHED", "BATCHES", "COMPILED", "CONTEXT", "LONG_PROMPT", "PROMPT", "ROWS", "STEPS", "TOKENS", "measure_batches", "measure_single",
+    "measure_transformers", "tiny_config",
+]  # fmt: skip
 
 # name, scheme, kernel, format of the head (None: BF16)
 ROWS = (
@@ -31,8 +36,10 @@ ROWS = (
     ("fewbit NF4 unfused", "NF4", "triton-unfused", None),
     ("fewbit LLM.int8()", "LLM-INT8", None, None),
 )
-_BATCHES, _BATCHED = (1, 2, 4, 8, 16, 32, 64), ("BF16", "W4A16", "FP8", "W8A8")
-_PROMPT = 16
+COMPILED = "transformers BF16, static cache, torch.compile"
+BATCHES, BATCHED = (1, 2, 4, 8, 16, 32, 64), ("BF16", "W4A16", "FP8", "W8A8")
+PROMPT, CONTEXT, STEPS, LONG_PROMPT = 16, 128, 24, 2048
+TOKENS = 32
 
 
 def tiny_config() -> PretrainedConfig:
@@ -43,34 +50,26 @@ def tiny_config() -> PretrainedConfig:
     return config
 
 
-def measure_single(settings: Settings, clock: Clock, shapes: str) -> list[dict[str, Any]]:
-    """Batch 1: ms for the tokens with and without graphs, bytes of weights, peak memory; one row per way to run."""
-    tokens, config = (1, tiny_config()) if settings.tiny else (32, shapes_config(shapes))
-    rows: list[dict[str, Any]] = []
+def measure_single(settings: Settings, seconds: float, shapes: str) -> None:
+    """Batch 1: one row `single` per way to run: ms for the tokens with and without graphs, bytes of weights, peak memory."""
+    clock = Clock(seconds, settings)
+    tokens, config = (1, tiny_config()) if settings.tiny else (TOKENS, shapes_config(shapes))
     for name, scheme, kernel, head in (ROWS[0], ROWS[1], *ROWS[-2:]) if settings.tiny else ROWS:
-        if clock.allows(f"{name} {shapes}"):
+
+        def run(name: str = name, scheme: str = scheme, kernel: str | None = kernel, head: str | None = head) -> None:
             weights = None if head is None else get_scheme(head).weights
-            settings.attempt(
-                f"{name} {shapes}",
-                lambda n=name, s=scheme, k=kernel, w=weights: rows.append(
-                    _fewbit(settings, random_model(config, get_scheme(s), settings.device, settings.dtype, head=w, kernel=k), n, tokens)
-                ),
-            )
+            model = random_model(config, get_scheme(scheme), settings.device, settings.dtype, head=weights, kernel=kernel)
+            settings.record("single", {"name": name, "shapes": shapes, "tokens": tokens, **_fewbit(settings, model, tokens)})
+
+        if clock.allows(f"{name} {shapes}"):
+            settings.attempt(f"{name} {shapes}", run)
         _release(settings)
-    for name, compiled in (("transformers BF16", False), ("transformers BF16, static cache, torch.compile", True)):
-        if settings.cuda and clock.allows(f"{name} {shapes}"):
-            settings.attempt(f"{name} {shapes}", lambda n=name, c=compiled: rows.append(_transformers(settings, config, n, tokens, c)))
-        _release(settings)
-    base = next((row["ms"] for row in rows if row["name"] == "fewbit BF16"), None)
-    for row in rows:
-        row |= {"shapes": shapes, "tokens": tokens, "over_fewbit_bf16": base / row["ms"] if base else None}
-    return rows
 
 
-def _fewbit(settings: Settings, model: GpuModel, name: str, tokens: int) -> dict[str, Any]:
+def _fewbit(settings: Settings, model: GpuModel, tokens: int) -> dict[str, Any]:
     engine = GpuEngine(model)
-    cache = engine.new_cache(_PROMPT + 6 * tokens + 8)  # three times with graphs, three without
-    engine.prefill(torch.arange(1 if settings.tiny else _PROMPT), cache)
+    cache = engine.new_cache(PROMPT + 6 * tokens + 8)  # three times with graphs, three without
+    engine.prefill(torch.arange(1 if settings.tiny else PROMPT), cache)
     engine.decode(cache)  # captures
     graphed = _wall(settings, lambda: [engine.decode(cache) for _ in range(tokens)])
     plain = GpuEngine(model, graphs=False)
@@ -78,62 +77,90 @@ def _fewbit(settings: Settings, model: GpuModel, name: str, tokens: int) -> dict
     launched = _wall(settings, lambda: [plain.decode(cache) for _ in range(tokens)])
     kernels = sorted({linear.kernel.name for linear in model.linears()})
     return {
-        "name": name, "ms": graphed, "ms_without_graphs": launched, "graphs": engine.graphs_refusal() or "yes", "kernels": kernels,
+        "ms": graphed, "ms_without_graphs": launched, "graphs": engine.graphs_refusal() or "yes", "kernels": kernels,
         "weight_bytes": model.nbytes(), "cache_bytes": cache.nbytes(), "peak_bytes": _peak(settings),
     }  # fmt: skip
 
 
-def _transformers(settings: Settings, config: PretrainedConfig, name: str, tokens: int, compiled: bool) -> dict[str, Any]:
-    with torch.device(settings.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=settings.dtype).eval()
-    ids = torch.arange(_PROMPT, device=settings.device)[None]
-    options: dict[str, Any] = {"max_new_tokens": tokens + 1, "min_new_tokens": tokens + 1, "do_sample": False, "pad_token_id": 0}
-    if compiled:
-        options["cache_implementation"] = "static"
-        model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    with torch.inference_mode():
-        for _ in range(3 if compiled else 1):
-            model.generate(ids, **options)
-        first = _wall(settings, lambda: model.generate(ids, **options | {"max_new_tokens": 1, "min_new_tokens": 1}))
-        whole = _wall(settings, lambda: model.generate(ids, **options))
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return {"name": name, "ms": whole - first, "weight_bytes": weights, "peak_bytes": _peak(settings)}
+def measure_transformers(settings: Settings, seconds: float, shapes: str) -> None:
+    """Rows `single` of transformers: eagerly, and with a static cache and torch.compile.
 
+    Both run the same loop, a forward pass and an argmax a token, without the bookkeeping of `generate`, which would count against them.
+    """
+    clock = Clock(seconds, settings)
+    tokens, config = (1, tiny_config()) if settings.tiny else (TOKENS, shapes_config(shapes))
+    for name, compiled in (("transformers BF16", False), (COMPILED, True)):
 
-def measure_batches(settings: Settings, clock: Clock, shapes: str) -> list[dict[str, Any]]:
-    """One row per scheme and batch: ms of a step; and of a prompt of 2,048 at batch 1."""
-    config, batches = (tiny_config(), (1, 2)) if settings.tiny else (shapes_config(shapes), _BATCHES)
-    rows: list[dict[str, Any]] = []
-    for scheme in _BATCHED[:2] if settings.tiny else _BATCHED:
-        if clock.allows(f"batches {scheme} {shapes}"):
-            settings.attempt(f"batches {scheme} {shapes}", lambda s=scheme: rows.extend(_batches(settings, config, s, batches)))
+        def run(name: str = name, compiled: bool = compiled) -> None:
+            row = {"name": name, "shapes": shapes, "tokens": tokens, **_transformers(settings, config, tokens, compiled)}
+            settings.record("single", row)
+
+        if clock.allows(f"{name} {shapes}"):
+            settings.attempt(f"{name} {shapes}", run)
         _release(settings)
-    base = {(row["phase"], row["batch"]): row["ms"] for row in rows if row["scheme"] == "BF16"}
-    for row in rows:
-        bf16 = base.get((row["phase"], row["batch"]))
-        row |= {"shapes": shapes, "over_bf16": bf16 / row["ms"] if bf16 else None}
-    return rows
 
 
-def _batches(settings: Settings, config: PretrainedConfig, scheme: str, batches: tuple[int, ...]) -> list[dict[str, Any]]:
-    steps, context, prompt = (1, 4, 2) if settings.tiny else (24, 128, 2048)
-    model = random_model(config, get_scheme(scheme), settings.device, settings.dtype)
-    engine, rows = GpuEngine(model), []
+def _transformers(settings: Settings, config: PretrainedConfig, tokens: int, compiled: bool) -> dict[str, Any]:
+    with torch.device(settings.device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=settings.dtype).eval()
+    prompt, wants_places = 1 if settings.tiny else PROMPT, "cache_position" in inspect.signature(model.forward).parameters
+    cache = StaticCache(config=model.config, max_cache_len=prompt + 8 * tokens + 16) if compiled else None
+
+    def step(token: torch.Tensor, position: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        places = {"cache_position": position[0]} if wants_places else {}
+        output = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True, **places)
+        return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        token, cache = step(torch.arange(prompt, device=settings.device)[None], torch.arange(prompt, device=settings.device)[None], cache)
+        position = torch.full((1, 1), prompt, device=settings.device)
+        run = torch.compile(step, mode="reduce-overhead", dynamic=False) if compiled and settings.cuda else step
+
+        def decode(count: int) -> None:
+            nonlocal token, cache
+            for _ in range(count):
+                token, cache = run(token, position, cache)
+                token = token.clone()  # the next replay overwrites what a graph returned
+                position.add_(1)
+
+        decode(min(8, tokens))  # compiles, records the graph
+        compiling = time.perf_counter() - begun
+        milliseconds = _wall(settings, lambda: decode(tokens))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return {"ms": milliseconds, "weight_bytes": weights, "peak_bytes": _peak(settings), "seconds_before": compiling}
+
+
+def measure_batches(settings: Settings, seconds: float, shapes: str) -> None:
+    """One row `batches` per scheme and batch: ms of a step; and of a prompt of 2,048 at batch 1."""
+    clock = Clock(seconds, settings)
+    config, batches = (tiny_config(), (1, 2)) if settings.tiny else (shapes_config(shapes), BATCHES)
+    for scheme in BATCHED[:2] if settings.tiny else BATCHED:
+        if clock.allows(f"batches {scheme} {shapes}"):
+            settings.attempt(f"batches {scheme} {shapes}", lambda s=scheme: _batches(settings, config, shapes, s, batches))
+        _release(settings)
+
+
+def _batches(settings: Settings, config: PretrainedConfig, shapes: str, scheme: str, batches: tuple[int, ...]) -> None:
+    steps, context, prompt = (1, 4, 2) if settings.tiny else (STEPS, CONTEXT, LONG_PROMPT)
+    engine = GpuEngine(random_model(config, get_scheme(scheme), settings.device, settings.dtype))
+
+    def keep(phase: str, batch: int, length: int, milliseconds: float) -> None:
+        row = {"shapes": shapes, "scheme": scheme, "phase": phase, "batch": batch, "context": length, "ms": milliseconds}
+        settings.record("batches", row)
+
     for batch in batches:
         cache = engine.new_cache(context + 3 * steps + 4, batch)
         for sequence in range(batch):
             engine.prefill(torch.arange(2 if settings.tiny else context) % config.vocab_size, cache, sequence)
         engine.decode(cache)
-        milliseconds = _wall(settings, lambda c=cache: [engine.decode(c) for _ in range(steps)]) / steps
-        rows.append({"scheme": scheme, "phase": "decode", "batch": batch, "context": context, "ms": milliseconds})
+        keep("decode", batch, context, _wall(settings, lambda c=cache: [engine.decode(c) for _ in range(steps)]) / steps)
     ids = torch.arange(prompt) % config.vocab_size
     engine.prefill(ids, engine.new_cache(prompt))
-    milliseconds = _wall(settings, lambda: engine.prefill(ids, engine.new_cache(prompt)))
-    rows.append({"scheme": scheme, "phase": "prefill", "batch": 1, "context": prompt, "ms": milliseconds})
-    return rows
+    keep("prefill", 1, prompt, _wall(settings, lambda: engine.prefill(ids, engine.new_cache(prompt))))
 
 
-def _wall(settings: Settings, run: Any) -> float:
+def _wall(settings: Settings, run: Callable[[], object]) -> float:
     """Milliseconds on the wall clock, the device done before and after; on a GPU the best of three."""
     times = []
     for _ in range(3 if settings.cuda else 1):

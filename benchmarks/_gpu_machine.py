@@ -39,16 +39,14 @@ def describe(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_machine(settings: Settings) -> dict[str, Any]:
-    """GB/s of copies (read and written) and reads, TFLOP/s of products by format, microseconds of a launch."""
+def measure_machine(settings: Settings) -> None:
+    """The facts `facts` and `machine`: GB/s of copies (read and written) and reads, TFLOP/s of products, microseconds of a launch."""
+    settings.write(fact="facts", **{"is": describe(settings)})
     size, side = (1 << 30, 8192) if settings.cuda else (1 << 16, 64)
-    source = torch.zeros(size // 4, dtype=torch.int32, device=settings.device)
+    source = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=settings.device)
     target = torch.empty_like(source)
-    programs, block = (2048, 1024) if settings.cuda else (4, 256)
-    sums = torch.empty(programs * block, dtype=torch.int32, device=settings.device)
     copy = time_calls([lambda: target.copy_(source)], settings)
-    read = time_calls([lambda: _read[(programs,)](source, sums, source.numel() // programs, BLOCK=block)], settings)
-    result: dict[str, Any] = {"copy_gb_s": 2 * size / copy / 1e6, "read_gb_s": size / read / 1e6}
+    result: dict[str, Any] = {"copy_gb_s": 2 * size / copy / 1e6, "read_gb_s": _read_rate(settings, source)}
     x = random_rows(settings, side, side)
     codes = torch.randint(-127, 128, (side, side), dtype=torch.int8, device=settings.device)
     result["bf16_tflop_s"] = _rate(settings, "bf16 product", side, lambda: torch.nn.functional.linear(x, x))
@@ -61,7 +59,17 @@ def measure_machine(settings: Settings) -> dict[str, Any]:
     small = torch.zeros(1, device=settings.device)
     for name, graph in (("launch_us", False), ("launch_in_graph_us", True)):
         result[name] = 1e3 * time_calls([lambda: small.add_(1.0)] * (256 if settings.cuda else 4), settings, graph=graph)
-    return result
+    settings.write(fact="machine", **{"is": result})
+
+
+def _read_rate(settings: Settings, source: torch.Tensor) -> float:
+    """GB/s of the fastest of some ways to read: the shares of bandwidth are of this."""
+    times = []
+    for programs, block in ((1024, 2048), (2048, 1024), (4096, 2048), (16384, 4096)) if settings.cuda else ((4, 256),):
+        sums = torch.empty(programs * block, dtype=torch.int32, device=settings.device)
+        per_program = source.numel() // programs
+        times.append(time_calls([lambda p=programs, b=block, s=sums, n=per_program: _read[(p,)](source, s, n, BLOCK=b)], settings))
+    return source.nbytes / min(times) / 1e6
 
 
 def _rate(settings: Settings, name: str, side: int, call: Any) -> float | None:

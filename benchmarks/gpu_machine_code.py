@@ -2,10 +2,12 @@
 
     python benchmarks/gpu_machine_code.py                  # capability 9.0
     python benchmarks/gpu_machine_code.py --capability 80
+    python benchmarks/gpu_machine_code.py --every          # each kernel with each set of constants that gpu.py launches: minutes
 
 Triton brings NVIDIA's assembler and disassembler, so machine code can be had without a GPU. An H100 issues about 4 instructions per 4-bit
 weight in the time in which its memory delivers one (132 multiprocessors x 128 lanes x 1.7 GHz over 6.7e12 weights/s), an H200 about 3: a
-kernel with more in its inner loop cannot reach the bandwidth, whatever a tuner does. Fewer is necessary, not sufficient.
+kernel with more in its inner loop cannot reach the bandwidth, whatever a tuner does. Fewer is necessary, not sufficient. What Triton makes
+of the same kernel depends on its version: count with the one that will run.
 """
 
 from __future__ import annotations
@@ -16,89 +18,44 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import triton
 from _bars import Bar, run_bars
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from _gpu_compile import Launch, compile_launch, only_compile
+from _gpu_launches import Job, attention_job, engine_job, jobs, product_job
 
-from fewbit.kernels.triton import attention, eight_bit, rows, weight_only
+from fewbit.formats.spec import get_scheme
+from fewbit.kernels.triton.linear import TritonUnfused, TritonWeightOnly
+from fewbit.kernels.triton.w8a8 import TritonW8A8
+from fewbit.models.shapes import shapes_config
 
-_INTEGERS = (
-    "M", "N", "K", "chunks", "groups", "chunks_per_part", "capacity", "first_part", "all_parts", "sliding", "blocks", "k_per_part",
-)  # fmt: skip
-_TYPES = {
-    "x_ptr": "*bf16", "codes_ptr": "*i32", "high_ptr": "*i32", "zero_ptr": "*i8", "table_ptr": "*fp32", "global_ptr": "*fp32",
-    "out_ptr": "*fp32", "scale_ptr": "*bf16", "query_ptr": "*bf16", "keys_ptr": "*bf16", "values_ptr": "*bf16", "length_ptr": "*i32",
-    "sums_ptr": "*fp32", "largest_ptr": "*fp32", "total_ptr": "*fp32", "scale": "fp32", "epsilon": "fp32", "divisor": "fp32",
-    "smallest": "fp32", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "w_ptr": "*i8", "static_ptr": "*fp32", "sequence_ptr": "*i32",
-    "position_ptr": "*i32", "end_ptr": "*i32", "cosine_ptr": "*fp32", "sine_ptr": "*fp32", "key_zero_ptr": "*i8", "value_zero_ptr": "*i8",
-}  # fmt: skip
-_WEIGHT = {
-    "BITS": 4, "LANES": 8, "GROUP": 128, "KIND": "int", "SCALE": "native", "AFFINE": False, "GLOBAL": False, "EVEN": True, "SWAP": False,
-    "WIDE": False, "BLOCK_M": 16, "BLOCK_N": 64,
-}  # fmt: skip
-_BF16 = triton.language.bfloat16
-_ATTEND = {
-    "HEADS": 32, "KV_HEADS": 8, "DIM": 128, "WINDOW": 0, "RING": False, "KIND": "none", "DTYPE": _BF16, "GROUPED": 4, "BLOCK_G": 16,
-    "BLOCK_T": 64,
-}  # fmt: skip
-_APPEND = {
-    "HEADS": 32, "KV_HEADS": 8, "DIM": 128, "WINDOW": 0, "KIND": "none", "PARTS": 4, "BIAS": True, "NORM": True, "DTYPE": _BF16,
-}  # fmt: skip
-_ROWS = {"PARTS": 4, "BIAS": True, "RESIDUAL": True, "NORM": True, "CODES": "none", "STATIC": False, "DTYPE": _BF16, "BLOCK": 4096}
-_EIGHT = {"INTEGER": True, "BLOCK_ROWS": 0, "BLOCK_COLUMNS": 0, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}
-_STORED = {"none": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
-Case = tuple[Any, dict[str, Any], dict[str, str], int, int]
+_ALONE = ("W4A16", "W4A16-ASYM", "W8A16", "FP8A16", "NF4", "MXFP4", "NVFP4", "W3A16", "W2A16")
+_SHAPE = (8192, 28672)
+_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that a program may have
 
 
-def cases(fp8: bool) -> dict[str, Case]:
-    """By name: kernel, constants, types that differ, warps, stages."""
-    w, large = weight_only._multiply, {"SWAP": True, "BLOCK_M": 128, "BLOCK_N": 128}
-    found: dict[str, Case] = {
-        "int4-g128": (w, _WEIGHT, {}, 4, 4),
-        "int4-g128-affine": (w, _WEIGHT | {"AFFINE": True}, {}, 4, 4),
-        "int4-g128-float16": (w, _WEIGHT, {"x_ptr": "*fp16"}, 4, 4),
-        "int8-g128": (w, _WEIGHT | {"BITS": 8, "LANES": 4}, {}, 4, 4),
-        "int3-g128": (w, _WEIGHT | {"BITS": 3, "LANES": 16}, {}, 4, 4),
-        "nf4-g64": (w, _WEIGHT | {"KIND": "table", "GROUP": 64}, {}, 4, 4),
-        "mxfp4": (w, _WEIGHT | {"KIND": "e2m1", "GROUP": 32, "SCALE": "e8m0"}, {"scale_ptr": "*u8"}, 4, 4),
-        "nvfp4": (w, _WEIGHT | {"KIND": "e2m1", "GROUP": 16, "SCALE": "e4m3", "GLOBAL": True}, {"scale_ptr": "*u8"}, 4, 4),
-        "fp8-weights": (w, _WEIGHT | {"BITS": 8, "LANES": 4, "KIND": "e4m3", "GROUP": 1 << 30}, {}, 4, 4),
-        "int4-g128-many-tokens": (w, _WEIGHT | large, {"out_ptr": "*bf16"}, 8, 2),
-        "int8-products": (eight_bit._products, _EIGHT, {"x_ptr": "*i8"}, 4, 4),
-        "silu": (rows._silu_product, {"PARTS": 2, "DTYPE": _BF16, "BLOCK": 512}, {"x_ptr": "*fp32"}, 4, 3),
-        "combine": (attention._combine, {"DIM": 128, "BLOCK_P": 32}, {"out_ptr": "*bf16"}, 4, 3),
-    }
-    for codes, stored in (("none", "*bf16"), ("int8", "*i8"), ("e4m3", "*fp8e4nv")):
-        if fp8 or codes != "e4m3":
-            types = {"values_ptr": stored, "x_ptr": "*fp32", "scale_ptr": "*fp32"}
-            found[f"rows-{codes}"] = (rows._process, _ROWS | {"CODES": codes}, types, 8, 3)
-    for kind, stored in _STORED.items():
-        if fp8 or kind != "fp8":
-            found[f"attention-{kind}"] = (attention._attend, _ATTEND | {"KIND": kind}, {"keys_ptr": stored, "values_ptr": stored}, 4, 3)
-            window = {"KIND": kind, "WINDOW": 32 if kind == "int4" else 0}
-            types = {"keys_ptr": stored, "values_ptr": stored, "x_ptr": "*fp32"}
-            found[f"append-{kind}"] = (attention._append, _APPEND | window, types, 1, 3)
-    if fp8:
-        eight = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv"}
-        blocks = {"INTEGER": False, "BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_M": 128, "BLOCK_N": 128}
-        found["fp8-products"] = (eight_bit._products, _EIGHT | {"INTEGER": False}, eight, 4, 4)
-        found["fp8-block-products"] = (eight_bit._products, _EIGHT | blocks, eight, 8, 2)
-    return found
+def main_jobs(fp8: bool) -> Iterator[Job]:
+    """What a decode step launches, a large product of each format, and attention over each cache."""
+    for name in _ALONE:
+        yield f"{name} M=1", lambda n=name: product_job(get_scheme(n), TritonWeightOnly(), *_SHAPE, 1)
+    for m in (16, 64, 1024):
+        yield f"W4A16 M={m}", lambda m=m: product_job(get_scheme("W4A16"), TritonWeightOnly(), *_SHAPE, m)
+    for name in ("W8A8", "FP8", "FP8-BLOCK") if fp8 else ("W8A8",):
+        for m in (1, 1024):
+            yield f"{name} M={m}", lambda n=name, m=m: product_job(get_scheme(n), TritonW8A8(), *_SHAPE, m)
+    yield "NF4 unfused", lambda: product_job(get_scheme("NF4"), TritonUnfused(), *_SHAPE, 1)
+    for kind in ("none", "int8", "fp8", "int4") if fp8 else ("none", "int8", "int4"):
+        yield f"attention {kind}", lambda k=kind: attention_job(k, 8, 32768)
+    yield "step W4A16", lambda: engine_job(shapes_config("qwen2.5-3b"), get_scheme("W4A16"), fp8, [(1, 216)], (16,), None, None)
+    yield "step W8A8", lambda: engine_job(shapes_config("qwen2.5-3b"), get_scheme("W8A8"), fp8, [(1, 216)], (), None, None)
 
 
-def machine_code(case: Case, capability: int) -> tuple[list[str], int]:
+def machine_code(launch: Launch) -> tuple[list[str], int]:
     """Disassembled lines and bytes of shared memory."""
-    function, constants, types, warps, stages = case
-    names = function.arg_names
-    kinds = _TYPES | dict.fromkeys(_INTEGERS, "i32") | types
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in (*constants, "M")}
-    source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
+    compiled = compile_launch(launch)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -125,33 +82,68 @@ def longest_loop(lines: list[str]) -> list[str]:
     return lines[first : last + 1]
 
 
+def per_number(launch: Launch, lines: list[str]) -> float | None:
+    """Instructions in the loop for each stored number that the loop reads: a weight, or a channel of a key or value."""
+    threads, options = 32 * launch.options["num_warps"], launch.options
+    if launch.function.fn.__name__ == "_multiply":
+        numbers = options["BLOCK_N"] * options["LANES"] * 16
+    elif launch.function.fn.__name__ == "_attend":
+        numbers = 2 * options["BLOCK_T"] * options["DIM"]
+    else:
+        return None
+    return instructions(longest_loop(lines)).total() * threads / numbers
+
+
 def main() -> int:
     """Compile, count, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, default=90, help="without the dot: 80, 89, 90, 120")
-    parser.add_argument("--only", default="", help="kernels whose names begin so")
+    parser.add_argument("--capability", type=int, default=90, choices=sorted(_SHARED), help="without the dot")
+    parser.add_argument("--only", default="", help="jobs whose names begin so")
+    parser.add_argument("--every", action="store_true", help="every launch of gpu.py, one line for each that spills or is too large")
+    parser.add_argument("--loop", action="store_true", help="print the longest loop of each kernel, too")
     parser.add_argument("--list", action="store_true", help="name the bars, compile nothing")
     options = parser.parse_args()
-    spills, per_weight, largest = 0, {}, 0
-    for name, case in ({} if options.list else cases(options.capability >= 89)).items():
-        if not name.startswith(options.only):
-            continue
-        lines, shared = machine_code(case, options.capability)
-        counts, loop = instructions(lines), instructions(longest_loop(lines)).total()
-        spilled = counts["LDL"] + counts["STL"]
-        spills, largest = spills + spilled, max(largest, shared)
-        text = f"{name:<24} {counts.total():>6} instructions, spills {spilled}, shared memory {shared}"
-        if case[0] is weight_only._multiply:
-            per_weight[name] = loop / (case[1]["BLOCK_N"] * case[1]["LANES"] * 16 / (32 * case[3]))
-            text += f", {per_weight[name]:.2f} in the loop per weight"
-        print(text, flush=True)
+    spills, largest, failed, counted = 0, 0, 0, {}
+    fp8 = options.capability >= 89
+    if not options.list:
+        sections = ("tune", "kernels", "end-to-end", "cache", "correctness")
+        made = jobs(sections, ("qwen2.5-3b", "llama-3-8b"), fp8) if options.every else main_jobs(fp8)
+        launches, errors = only_compile(options.capability, (job for job in made if job[0].startswith(options.only)))
+        for name, reason in errors.items():
+            print(f"{name}: {reason}")
+        failed = len(errors)
+        for launch in launches:
+            try:
+                lines, shared = machine_code(launch)
+            except Exception as error:  # counted by a bar
+                failed += 1
+                print(f"{_title(launch)}: {type(error).__name__}: {error}", flush=True)
+                continue
+            counts, each = instructions(lines), per_number(launch, lines)
+            spilled = counts["LDL"] + counts["STL"]
+            spills, largest = spills + spilled, max(largest, shared)
+            if each is not None:
+                counted.setdefault(f"{launch.name} {launch.function.fn.__name__}", each)
+            if not options.every or spilled or shared > _SHARED[options.capability] << 10:
+                loop = "" if each is None else f", {each:.2f} in the loop per number"
+                print(f"{_title(launch)} {counts.total():>6} instructions, spills {spilled}, shared memory {shared}{loop}", flush=True)
+            if options.loop:
+                print("\n".join(longest_loop(lines)))
+        if options.every:
+            print(f"{len(launches)} kernels, Triton {triton.__version__}")
     bars = [
+        Bar("compiled", lambda: failed, "==", 0, "kernels that do not compile"),
         Bar("spills", lambda: spills, "==", 0, "loads and stores of spilled registers"),
-        Bar("shared-memory", lambda: largest, "<=", 99 << 10),
+        Bar("shared-memory", lambda: largest, "<=", _SHARED[options.capability] << 10, "bytes a program may have"),
     ]
-    if (options.list or "int4-g128" in per_weight) and options.capability == 90:
-        bars.append(Bar("int4-instructions-per-weight", lambda: per_weight["int4-g128"], "<=", 4.0, "what an H100 issues per weight"))
+    if options.list or "W4A16 M=1 _multiply" in counted:
+        bars.append(Bar("int4-instructions-per-weight", lambda: counted["W4A16 M=1 _multiply"], "<=", 3.0, "an H200 issues 3"))
     return run_bars(bars, list_only=options.list)
+
+
+def _title(launch: Launch) -> str:
+    constants: dict[str, Any] = {k: v for k, v in launch.options.items() if k.startswith(("BLOCK", "num_", "PARTS", "CODES"))}
+    return f"{launch.name:<18} {launch.function.fn.__name__:<14} {' '.join(f'{k}={v}' for k, v in constants.items()):<70}"
 
 
 if __name__ == "__main__":

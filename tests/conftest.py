@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before transformers and huggingface_hub are imported: they read these once. A test that reaches for the hub fails instead of waiting.
@@ -29,6 +32,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("heavy") and os.environ.get("FEWBIT_HEAVY") != "1":
             item.add_marker(not_heavy)
+
+
+@pytest.fixture
+def in_the_interpreter() -> Callable[[str, str], None]:
+    """Runs code about a test module, given by its `__file__`, in Triton's interpreter.
+
+    In a process of its own: Triton reads TRITON_INTERPRET when it is imported. The module is imported as `checks`.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+    def run(file: str, code: str) -> None:
+        folder, name = os.path.split(file)
+        program = f"import sys; sys.path.insert(0, {folder!r}); import {name.removesuffix('.py')} as checks\n{code}"
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", program]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
 
 
 def _byte_level_tokenizer(vocabulary: int) -> object:

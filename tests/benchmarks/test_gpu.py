@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import _gpu_report
 import gpu
 import pytest
 import torch
 from _bars import NotMeasuredError
+from _gpu_common import BROKEN_DEVICE, Clock, Settings
+from _gpu_sections import merge, run_section
 
 _SCRIPT = Path(gpu.__file__)
 
@@ -43,15 +47,68 @@ def test_every_section_runs_tiny(tmp_path: Path) -> None:
     }
     assert {row["contender"] for row in report["kernels"]} == {"BF16", "W4A16", "W8A8"}
     assert {row["name"] for row in report["single"]} >= {"fewbit BF16", "fewbit INT4 fused", "fewbit NF4 unfused", "fewbit LLM.int8()"}
+    assert {row["name"] for row in report["single"]} >= {"transformers BF16", "transformers BF16, static cache, torch.compile"}
+    assert report["failures"]["gemlite-int4 is installed"].startswith("ModuleNotFoundError")
     assert {row["kind"] for row in report["cache"]} == {"none", "int8", "fp8", "int4"}
     assert len(report["predict"]) == len(report["batches"]) and any(row["given"] for row in report["predict"])
     assert "bar: correctness-worst-error" in done.stdout and "bar: int4-share" not in done.stdout
 
 
 def test_bars_that_were_not_measured_fail_with_a_reason() -> None:
-    empty = {"facts": {"interpreted": False}, "kernels": [], "single": [], "cache": [], "correctness": [], "failures": {}}
-    made = gpu.bars(empty, ("kernels", "end-to-end", "cache"))
+    empty = {"facts": {"interpreted": False}, "failures": {"gemlite-int4 is installed": "ModuleNotFoundError: No module named 'gemlite'"}}
+    made = _gpu_report.bars(empty, ("kernels", "end-to-end", "cache"))
     assert len(made) > 20
     for bar in made:
-        with pytest.raises(NotMeasuredError):
+        with pytest.raises(NotMeasuredError) as raised:
             bar.value()
+        assert "gemlite" not in bar.name or "No module named" in str(raised.value)
+
+
+def _settings() -> Settings:
+    return Settings("cpu", True, torch.float32)
+
+
+def test_a_section_that_breaks_loses_only_the_attempt_that_broke_it(tmp_path: Path) -> None:
+    def work(settings: Settings) -> None:
+        for number in range(4):
+
+            def run(number: int = number) -> None:
+                if number == 1:
+                    os._exit(BROKEN_DEVICE)  # as after an illegal access
+                if number == 2:
+                    raise ValueError("two\nlines")
+                settings.record("rows", {"number": number})
+
+            settings.attempt(f"attempt {number}", run)
+
+    report: dict[str, object] = {"failures": {}, "skipped": {}}
+    merge(report, "section", run_section("section", work, _settings(), 60, tmp_path))
+    assert report["rows"] == [{"number": 0}, {"number": 3}]
+    assert report["failures"] == {
+        "section section in 'attempt 1'": f"its process ended with {BROKEN_DEVICE}, the device in error",
+        "attempt 2": "ValueError: two",
+    }
+
+
+def test_a_section_that_hangs_is_stopped_and_keeps_what_it_measured(tmp_path: Path) -> None:
+    def work(settings: Settings) -> None:
+        settings.record("rows", {"number": 0})
+        settings.attempt("sleep", lambda: time.sleep(60))
+
+    begin = time.monotonic()
+    report: dict[str, object] = {"failures": {}, "skipped": {}}
+    merge(report, "section", run_section("section", work, _settings(), 3, tmp_path))
+    assert time.monotonic() - begin < 30
+    assert report["rows"] == [{"number": 0}]
+    assert report["failures"] == {"section section in 'sleep'": "stopped after 3 s"}
+
+
+def test_what_has_no_time_is_listed(tmp_path: Path) -> None:
+    def work(settings: Settings) -> None:
+        assert not Clock(0.0, settings).allows("the rest")
+        raise RuntimeError("and then this")
+
+    report: dict[str, object] = {"failures": {}, "skipped": {}}
+    merge(report, "section", run_section("section", work, _settings(), 60, tmp_path))
+    assert report["skipped"] == {"section": ["the rest"]}
+    assert report["failures"]["the section itself"] == "RuntimeError: and then this"  # type: ignore[index]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fewbit.checkpoints.sources import open_source
-from fewbit.errors import UnsupportedModelError, UsageError
+from fewbit.errors import KernelError, UnsupportedModelError, UsageError
 from fewbit.formats.spec import get_scheme
+from fewbit.runtime import gpu_model
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.gpu_engine import GpuEngine
 from fewbit.runtime.gpu_model import gpu_engine_refusal, model_of, random_model
@@ -92,19 +91,45 @@ def everything(device: str) -> None:
     check_random(device)
 
 
-def test_everything_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_gpu_engine; test_gpu_engine.everything('cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_everything_in_the_interpreter(in_the_interpreter: Callable[[str, str], None]) -> None:
+    in_the_interpreter(__file__, "checks.everything('cpu')")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_everything_on_the_gpu() -> None:
     everything("cuda")
+
+
+def test_no_memory_for_weights_or_cache_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_model, "refuse_device", lambda *_: None)
+    monkeypatch.setattr(gpu_model, "random_quantized", full)
+    config = _config("llama")
+    with pytest.raises(KernelError, match="no memory for the model's weights"):
+        random_model(config, get_scheme("W4A16-G32"), "cpu", torch.float32, kernel="reference")
+    engine = GpuEngine(random_model(config, get_scheme("BF16"), "cpu", torch.float32))
+    assert engine.graphs_refusal() == "the model is on cpu"
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fewbit.kernels.triton import attention
+
+    monkeypatch.setattr(attention, "new_layer", full)
+    with pytest.raises(KernelError, match="no memory for the cache of 2 sequences of 99 tokens"):
+        engine.new_cache(99, 2)
+
+
+def test_a_window_larger_than_what_a_layer_sees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rotary:
+        rope_type = "default"
+
+    monkeypatch.setattr(gpu_model, "refuse_device", lambda *_: None)
+    config = _config("mistral")
+    config.sliding_window = 16
+    reason = gpu_engine_refusal(config, get_scheme("KV-INT4"), "cpu", torch.bfloat16, Rotary())
+    assert get_scheme("KV-INT4").kv_residual_window > 16
+    assert reason is not None and "layers that see 16 tokens" in reason
 
 
 def test_what_it_cannot_run_it_refuses_with_a_reason() -> None:

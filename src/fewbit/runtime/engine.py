@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from fewbit.errors import KernelError, UsageError
-from fewbit.formats.spec import QuantSpec
 from fewbit.kernels.base import KernelRequest
 from fewbit.kernels.cpu.extension import missing_native, native, use_torch_threads
 from fewbit.kernels.dispatch import select
+from fewbit.runtime.kv_kind import kv_kind
 from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.load import LoadedModel
 from fewbit.runtime.rotary import RotaryTable, rotary_refusal
@@ -70,7 +70,7 @@ def _refuse_cache(loaded: LoadedModel) -> str | None:
     keys, values = loaded.scheme.kv_keys, loaded.scheme.kv_values
     if keys != values:
         return f"the engine's cache has one format for keys and values, not {keys} and {values}"
-    if keys is not None and _kv_format(keys) is None:
+    if keys is not None and kv_kind(keys) is None:
         return f"the engine's cache does not know {keys}"
     if keys is not None and keys.group_size is not None and _head_dim(loaded.config) % keys.group_size:
         return f"KV group size {keys.group_size} does not divide the head dimension {_head_dim(loaded.config)}"
@@ -86,21 +86,6 @@ def _refuse_kernels(loaded: LoadedModel) -> str | None:
         return None
     kernel, names = next(iter(refused.items()))
     return f"kernel '{kernel}' has no native form that the engine could call ({len(names)} linears, the first is {names[0]})"
-
-
-def _kv_format(spec: QuantSpec | None) -> str | None:
-    """The native name of a KV format; None when the engine's cache does not have it."""
-    if spec is None:
-        return "none"
-    if spec.scale_dtype != "bfloat16" or spec.global_scale:
-        return None
-    row = (spec.type, spec.num_bits, spec.exponent_bits, spec.strategy, spec.group_size, spec.symmetric)
-    formats = {
-        ("int", 8, None, "token", None, True): "int8",
-        ("float", 8, 4, "token", None, True): "fp8",
-        ("int", 4, None, "group", 32, False): "int4",
-    }
-    return formats.get(row)
 
 
 def _head_dim(config: Any) -> int:
@@ -238,7 +223,7 @@ class Engine:
         if capacity < 1 or sequences < 1:
             raise UsageError(f"a cache for {sequences} sequences of {capacity} tokens", "ask for at least one of each")
         loaded, config = self.loaded, self.loaded.config
-        history = _kv_format(loaded.scheme.kv_keys)
+        history = kv_kind(loaded.scheme.kv_keys)
         assert history is not None
         cache = native.EngineCache(
             config.num_hidden_layers,

@@ -19,15 +19,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from fewbit.errors import KernelError, UsageError
+from fewbit.errors import UsageError
+from fewbit.kernels.triton.environment import on_device, room_for
 from fewbit.kernels.triton.gpu_kernel import Rows
 from fewbit.runtime.gpu_model import GpuBlock, GpuLinear, GpuModel
 
 __all__ = ["GpuCache", "GpuEngine"]
-
-_TARGET_PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
-_LEAST_TOKENS = 256  # of a part
-_MOST_PARTS = 64
 
 
 @dataclass
@@ -68,11 +65,14 @@ class GpuEngine:
 
     def __init__(self, model: GpuModel, *, graphs: bool = True) -> None:
         self.model = model
-        self._graphs = graphs
+        self._refusal = self._refuse_graphs(graphs)
 
     def graphs_refusal(self) -> str | None:
         """Why steps are launched kernel by kernel; None when they are replayed from a graph."""
-        if not self._graphs:
+        return self._refusal
+
+    def _refuse_graphs(self, wanted: bool) -> str | None:
+        if not wanted:
             return "not asked for"
         if not self.model.device.startswith("cuda"):
             return f"the model is on {self.model.device}"
@@ -90,21 +90,14 @@ class GpuEngine:
         if capacity < 1 or sequences < 1:
             raise UsageError(f"a cache for {sequences} sequences of {capacity} tokens", "ask for at least one of each")
         m = self.model
-        try:
+        what = f"the cache of {sequences} sequences of {capacity} tokens"
+        with room_for(what, m.device, "use fewer sequences or tokens, or a KV format with fewer bits (KV-FP8, KV-INT4)"):
             layers: list[object] = [new_layer(m.kv, sequences, m.kv_heads, capacity, m.dim, m.dtype, m.device, m.window) for _ in m.blocks]
-            integers = torch.zeros(3, sequences, dtype=torch.int32, device=m.device)
-            integers[1] += 1
-            integers[2] = torch.arange(sequences)
+            positions, ends = (torch.full((sequences,), start, dtype=torch.int32, device=m.device) for start in (0, 1))
+            rows = torch.arange(sequences, dtype=torch.int32, device=m.device)
             tokens = torch.zeros(sequences, dtype=torch.long, device=m.device)
             logits = torch.zeros(sequences, m.vocabulary, dtype=m.dtype, device=m.device)
-            positions, ends, rows = integers
             return GpuCache(layers, capacity, m.rotary_tables(capacity), tokens, positions, ends, [0] * sequences, logits, rows)
-        except torch.OutOfMemoryError as error:
-            free = torch.cuda.mem_get_info(m.device)[0] / 2**30
-            raise KernelError(
-                f"no memory for the cache of {sequences} sequences of {capacity} tokens ({free:.1f} GiB are free on {m.device})",
-                "use fewer sequences or tokens, or a KV format with fewer bits (KV-FP8, KV-INT4)",
-            ) from error
 
     @torch.inference_mode()
     def prefill(self, input_ids: torch.Tensor, cache: GpuCache, sequence: int = 0) -> torch.Tensor:
@@ -117,10 +110,15 @@ class GpuEngine:
             Logits after the last token, [vocabulary]; `cache.tokens[sequence]` is the likeliest next token.
 
         Raises:
-            UsageError: no token, or more than the cache has room for.
+            UsageError: no token, or more than the cache has room for. KernelError: the device has too little memory.
         """
-        m, count, start = self.model, input_ids.shape[0], cache.lengths[sequence]
+        count = input_ids.shape[0]
         self._check_room(cache, [sequence], count)
+        with on_device(self.model.device), room_for(f"a prompt of {count} tokens", self.model.device, "give the prompt in shorter pieces"):
+            return self._prefill(input_ids, cache, sequence)
+
+    def _prefill(self, input_ids: torch.Tensor, cache: GpuCache, sequence: int) -> torch.Tensor:
+        m, count, start = self.model, input_ids.shape[0], cache.lengths[sequence]
         end = start + count
         place = torch.full((count,), sequence, dtype=torch.int32, device=m.device)
         positions = torch.arange(start, end, dtype=torch.int32, device=m.device)
@@ -150,18 +148,19 @@ class GpuEngine:
             Logits [n, vocabulary], overwritten by the next step; `cache.tokens[:n]` are the likeliest next tokens.
 
         Raises:
-            UsageError: a sequence is full.
+            UsageError: a sequence is full. KernelError: the device has too little memory.
         """
         n = tokens.shape[0] if tokens is not None else sequences or len(cache.lengths)
         self._check_room(cache, range(n), 1)
         if tokens is not None:
             cache.tokens[:n] = tokens.to(self.model.device)
-        if self.graphs_refusal() is None:
-            if n not in cache.graphs:
-                cache.graphs[n] = self._capture(cache, n)
-            cache.graphs[n].replay()
-        else:
-            self._step(cache, n)
+        with on_device(self.model.device), room_for(f"a step of {n} sequences", self.model.device, "generate fewer sequences at once"):
+            if self._refusal is not None:
+                self._step(cache, n)
+            else:
+                if n not in cache.graphs:
+                    cache.graphs[n] = self._capture(cache, n)
+                cache.graphs[n].replay()
         for sequence in range(n):
             cache.lengths[sequence] += 1
         return cache.logits[:n]
@@ -189,12 +188,12 @@ class GpuEngine:
 
     def _step(self, cache: GpuCache, n: int) -> None:
         """One token of each of n sequences; reads and writes the cache's tensors only."""
-        from fewbit.kernels.triton.attention import CacheLayer, attend
+        from fewbit.kernels.triton.attention import CacheLayer, attend, parts_for
 
         m = self.model
         positions, ends, rows = cache.positions[:n], cache.ends[:n], cache.rows[:n]
         stream = F.embedding(cache.tokens[:n], m.embedding).to(m.dtype)
-        parts = max(1, min(_MOST_PARTS, -(-cache.capacity // _LEAST_TOKENS), -(-_TARGET_PROGRAMS // (n * m.kv_heads))))
+        parts = parts_for(cache.capacity, n * m.kv_heads, m.device)
         x: torch.Tensor | None = None
         for block, layer in zip(m.blocks, cache.layers, strict=True):
             assert isinstance(layer, CacheLayer)

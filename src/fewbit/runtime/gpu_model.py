@@ -7,7 +7,7 @@ them. The loaded model's own layers become views of the joined tensors, so nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,15 +21,17 @@ from fewbit.formats.grouping import scale_shape
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
+from fewbit.kernels.dense import DenseKernel
 from fewbit.kernels.dispatch import select
-from fewbit.kernels.triton.environment import refuse_device
+from fewbit.kernels.triton.environment import refuse_device, room_for
 from fewbit.kernels.triton.gpu_kernel import GpuKernel, Rows
 from fewbit.models.structure import build_without_weights
+from fewbit.runtime.kv_kind import kv_kind
 from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.load import LoadedModel
 from fewbit.runtime.rotary import RotaryTable, rotary_refusal
 
-__all__ = ["GpuBlock", "GpuLinear", "GpuModel", "gpu_engine_refusal", "kv_kind", "model_of", "random_model", "random_quantized"]
+__all__ = ["GpuBlock", "GpuLinear", "GpuModel", "gpu_engine_refusal", "model_of", "random_model", "random_quantized", "shaped_model"]
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _DIMS = (32, 64, 128, 256)
@@ -130,21 +132,6 @@ class GpuModel:
         return cosine.to(self.device), sine.to(self.device)
 
 
-def kv_kind(spec: QuantSpec | None) -> str | None:
-    """The engine's name of a format of keys and values; None when it has no such cache."""
-    if spec is None:
-        return "none"
-    if spec.scale_dtype != "bfloat16" or spec.global_scale:
-        return None
-    row = (spec.type, spec.num_bits, spec.exponent_bits, spec.strategy, spec.group_size, spec.symmetric)
-    known = {
-        ("int", 8, None, "token", None, True): "int8",
-        ("float", 8, 4, "token", None, True): "fp8",
-        ("int", 4, None, "group", 32, False): "int4",
-    }
-    return known.get(row)
-
-
 def gpu_engine_refusal(config: PretrainedConfig, scheme: Scheme, device: str, dtype: torch.dtype, rotary: Any) -> str | None:
     """Why the GPU engine cannot run a model; None when it can."""
     keys = kv_kind(scheme.kv_keys)
@@ -164,6 +151,9 @@ def gpu_engine_refusal(config: PretrainedConfig, scheme: Scheme, device: str, dt
         return f"the GPU engine runs heads of {', '.join(map(str, _DIMS))} channels, not {dim}"
     if keys == "int4" and dim < 64:
         return f"an INT4 cache needs heads of 64 channels or more, not {dim}"
+    slides = [sliding for index in range(config.num_hidden_layers) if (sliding := _sliding(config, index))]
+    if scheme.kv_keys is not None and slides and min(slides) < scheme.kv_residual_window:
+        return f"layers that see {min(slides)} tokens are fewer than the {scheme.kv_residual_window} kept in high precision"
     if rotary.rope_type in ("dynamic", "longrope"):
         return f"the GPU engine has no rotary embedding that changes with the length ('{rotary.rope_type}')"
     return rotary_refusal(rotary, dim)
@@ -220,13 +210,11 @@ def random_model(
         kernel: as in `dispatch.select`, for the quantized linears of the blocks.
 
     Raises:
-        UnsupportedModelError: `gpu_engine_refusal` has a reason. KernelError: no kernel runs the format here.
+        UnsupportedModelError: `gpu_engine_refusal` has a reason. KernelError: no kernel runs the format here, or there is no memory.
     """
     rotary = build_without_weights(config, dtype=dtype).model.rotary_emb
     _check(config, scheme, device, dtype, rotary)
     generator = torch.Generator(device).manual_seed(seed)
-    hidden, dim, biased = config.hidden_size, _head_dim(config), config.model_type == "qwen2"
-    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
@@ -237,6 +225,21 @@ def random_model(
         weight = normal(out, columns) * columns**-0.5 if weights is None else random_quantized(out, columns, weights, generator)
         return GpuLinear(chosen, (request,), (chosen.pack(weight, request),), normal(out) if bias else None)
 
+    with room_for("the model's weights", device, "use a format with fewer bits or a larger device"):
+        return shaped_model(config, scheme, device, dtype, rotary, linear, normal, head=head)
+
+
+def shaped_model(
+    config: PretrainedConfig, scheme: Scheme, device: str, dtype: torch.dtype, rotary: Any, linear: Callable[..., GpuLinear],
+    normal: Callable[..., torch.Tensor], *, head: QuantSpec | None = None,
+) -> GpuModel:  # fmt: skip
+    """A model of the configuration's shapes, its linears made by `linear(out, columns, weights, inputs, bias)`.
+
+    Args:
+        rotary: transformers' module. normal: makes the embedding, [vocabulary, hidden]. head: as in `random_model`.
+    """
+    hidden, dim, biased = config.hidden_size, _head_dim(config), config.model_type == "qwen2"
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     w, x = scheme.weights, scheme.input_activations
     ones = torch.ones(hidden, dtype=dtype, device=device)
     norms = (torch.ones(dim, dtype=dtype, device=device),) * 2 if config.model_type == "qwen3" else None
@@ -250,8 +253,8 @@ def random_model(
     embedding = normal(config.vocab_size, hidden)
     if head is None and config.tie_word_embeddings:
         request = KernelRequest(None, None, config.vocab_size, hidden, device, dtype)
-        chosen = select(request).kernel
-        last = GpuLinear(chosen, (request,), (chosen.pack(embedding, request),), None)
+        dense = DenseKernel()
+        last = GpuLinear(dense, (request,), (dense.pack(embedding, request),), None)
     else:
         last = linear(config.vocab_size, hidden, head, None)
     return _assemble(config, scheme, device, dtype, rotary, blocks, embedding, ones, last)

@@ -33,6 +33,7 @@ from fewbit.formats.cost import storage_bytes
 from fewbit.formats.grouping import scale_shape
 from fewbit.formats.spec import QuantSpec, Scheme
 from fewbit.formats.tensor import QuantizedTensor
+from fewbit.kernels.triton.environment import room_for
 from fewbit.models.accounting import count_parameters, kv_shape, resident_bytes
 from fewbit.models.experts import is_router, unfuse_experts
 from fewbit.models.names import disk_names
@@ -113,9 +114,14 @@ def load_model(
         UnsupportedModelError: an architecture that transformers does not know, or whose linears are not nn.Linear.
         CheckpointError: missing, damaged, NaN or infinite tensors, or shapes that contradict the configuration.
         FormatError: a format that does not fit a layer, for example a group size that does not divide; the layer is named.
-        KernelError: no kernel runs the format here, or a fallback under `strict`.
+        KernelError: no kernel runs the format here, or a fallback under `strict`; or the GPU has too little memory.
         UsageError: the checkpoint is quantized in another format than the one asked for.
     """
+    with room_for("the model's weights", device, "choose a scheme with fewer bits or a device with more memory (`fewbit plan`)"):
+        return _load_model(source, config, device, dtype)
+
+
+def _load_model(source: TensorSource, config: QuantizationConfig, device: str, dtype: torch.dtype) -> LoadedModel:
     _check_scheme(source, config)
     given, model = source, build_without_weights(source.config, dtype=dtype)
     source = RenamedSource(given, disk_names(model, given.names()))

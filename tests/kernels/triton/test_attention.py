@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,13 +80,8 @@ def everything(device: str) -> None:
     check("int4", device, window=32)
 
 
-def test_everything_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_attention; test_attention.everything('cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_everything_in_the_interpreter(in_the_interpreter: Callable[[str, str], None]) -> None:
+    in_the_interpreter(__file__, "checks.everything('cpu')")
 
 
 @pytest.mark.gpu

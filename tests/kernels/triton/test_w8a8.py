@@ -5,9 +5,7 @@ On a machine with a GPU the same checks run there.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -135,13 +133,8 @@ def everything(device: str) -> None:
     check_unfused_and_joined(device)
 
 
-def test_everything_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_w8a8; test_w8a8.everything('cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_everything_in_the_interpreter(in_the_interpreter: Callable[[str, str], None]) -> None:
+    in_the_interpreter(__file__, "checks.everything('cpu')")
 
 
 @pytest.mark.gpu

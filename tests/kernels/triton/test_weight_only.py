@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from fewbit.errors import KernelError
 from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import QuantSpec
 from fewbit.kernels.base import KernelRequest
+from fewbit.kernels.dispatch import select
+from fewbit.kernels.triton import environment
 from fewbit.kernels.triton.layout import layout_of, pack
 from fewbit.kernels.triton.linear import TritonWeightOnly
 from fewbit.methods.rtn import rtn
@@ -100,25 +101,58 @@ def check(name: str, tokens: int, device: str) -> None:
     assert float(((y.double() - expected).abs() / scale).max()) < tolerance, name
 
 
-_CASES = """
-import sys
-sys.path.insert(0, {folder!r})
-import test_weight_only as t
-for name in t.SPECS:
-    for tokens in (1, 70) if name in ("int4-g128", "nvfp4", "int4-channel") else (3,):
-        t.check(name, tokens, "cpu")
-"""
+def everything(device: str) -> None:
+    """One product of few tokens in every format, and many tokens in some."""
+    for name in SPECS:
+        for tokens in (1, 70) if name in ("int4-g128", "nvfp4", "int4-channel") else (3,):
+            check(name, tokens, device)
 
 
-def test_products_agree_with_the_definition_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    folder = os.path.dirname(__file__)
-    code = _CASES.format(folder=folder)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_products_agree_with_the_definition_in_the_interpreter(in_the_interpreter: Callable[[str, str], None]) -> None:
+    in_the_interpreter(__file__, "checks.everything('cpu')")
+
+
+def test_inputs_on_another_device_than_the_weight_are_refused() -> None:
+    """Triton would launch with pointers that the device cannot read."""
+    kernel, spec = TritonWeightOnly(), SPECS["int4-g128"]
+    request = KernelRequest(spec, None, 32, 128, "cpu", torch.float32)
+    packed = kernel.pack(rtn(_weight(spec, 32, 128), spec), request)
+    with pytest.raises(KernelError, match="the input is on meta, the packed weight on cpu"):
+        kernel.apply(torch.empty(1, 128, device="meta"), packed, None, request)
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "needs compute capability 8.0; NVIDIA T4 has 7.5"), ((8, 0), None)])
+def test_devices_that_are_too_old_are_refused_by_their_numbers(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    request = KernelRequest(SPECS["int4-g128"], None, 64, 128, device="cuda")
+    assert TritonWeightOnly().refuse(request) == reason
+    passed = [entry.reason for entry in select(request).passed_over if entry.kernel == "triton-weight-only"]
+    assert passed == ([] if reason is None else [reason])  # the kernel that runs instead is named, with the reason
+    if reason is not None:
+        with pytest.raises(KernelError, match="would fall back to the unfused kernel"):
+            select(request, strict=True)
+
+
+def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment, "_has_triton", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused = TritonWeightOnly().refuse(KernelRequest(SPECS["int4-g128"], None, 64, 128, device="cuda"))
+    assert refused == "Triton is not installed (pip install triton)"
+
+
+def test_a_device_without_memory_is_an_error_that_says_for_what() -> None:
+    with (
+        pytest.raises(KernelError, match="no memory for the model's weights on cuda") as raised,
+        environment.room_for("the model's weights", "cuda", "use fewer bits"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert raised.value.remedy == "use fewer bits"
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ it comes, and read from the cache when it has left the ring. The order of tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -30,11 +31,12 @@ import triton.language as tl
 
 from fewbit.kernels.triton.rows import _TRITON_DTYPES, _round, _to_e4m3
 
-__all__ = ["INT4_GROUP", "CacheLayer", "append", "attend", "new_layer", "read"]
+__all__ = ["INT4_GROUP", "CacheLayer", "append", "attend", "new_layer", "parts_for", "read"]
 
 INT4_GROUP = 32
 _GROUP = tl.constexpr(INT4_GROUP)
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)  # formats.scales.SMALLEST_SCALE of bfloat16: 2**-126
+_PROGRAMS_PER_MULTIPROCESSOR, _LEAST_TOKENS, _MOST_PARTS = 16, 256, 64  # of a split over the sequence
 _BLOCK_VALUES = 64 * 128  # of keys that a step of the loop reads: three stages of them and of values fit into 99 KiB
 
 
@@ -133,7 +135,7 @@ def _store(x, c, values_ptr, scale_ptr, zero_ptr, row, KIND: tl.constexpr, DIM: 
         tl.store(scale_ptr + row, scale.to(tl.bfloat16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "capacity"])
 def _append(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, query_norm_ptr, key_norm_ptr, cosine_ptr, sine_ptr, sequence_ptr, position_ptr, end_ptr, query_ptr,
     keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, key_zero_ptr, value_zero_ptr, key_ring_ptr, value_ring_ptr,
@@ -205,12 +207,12 @@ def _int4_half(packed, scale_ptr, zero_ptr, row, inside, which: tl.constexpr, DI
     return tl.reshape((code - zero[:, :, None]) * scale[:, :, None], (TOKENS, HALF)).to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "first_part", "all_parts", "sliding"])
 def _attend(  # type: ignore[no-untyped-def]
     query_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, key_zero_ptr, value_zero_ptr, length_ptr,
     sums_ptr, largest_ptr, total_ptr, capacity, scale, first_part, all_parts, sliding,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, KIND: tl.constexpr,
-    DTYPE: tl.constexpr, GROUPED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
+    DTYPE: tl.constexpr, GROUPED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = DIM // 2
     both = tl.program_id(0)
@@ -275,17 +277,23 @@ def _attend(  # type: ignore[no-untyped-def]
                 weight *= tl.load(value_scale_ptr + row, mask=inside, other=0).to(tl.float32)[None, :]
             v = tl.load(values_ptr + row[:, None] * DIM + c[None, :], mask=inside[:, None], other=0.0)
             sums = tl.dot(weight.to(DTYPE), v.to(DTYPE), sums * keep[:, None], input_precision="ieee")
-    out = row_of_query * all_parts + first_part + part
-    tl.store(largest_ptr + out, largest, mask=real)
-    tl.store(total_ptr + out, total, mask=real)
-    if KIND == "int4":
-        tl.store(sums_ptr + out[:, None] * DIM + h[None, :], sums, mask=real[:, None])
-        tl.store(sums_ptr + out[:, None] * DIM + HALF + h[None, :], sums_high, mask=real[:, None])
+    if WHOLE:  # one part: nothing is to be combined
+        out = row_of_query
+        sums /= total[:, None]
+        if KIND == "int4":
+            sums_high /= total[:, None]
     else:
-        tl.store(sums_ptr + out[:, None] * DIM + c[None, :], sums, mask=real[:, None])
+        out = row_of_query * all_parts + first_part + part
+        tl.store(largest_ptr + out, largest, mask=real)
+        tl.store(total_ptr + out, total, mask=real)
+    if KIND == "int4":
+        tl.store(sums_ptr + out[:, None] * DIM + h[None, :], sums.to(sums_ptr.dtype.element_ty), mask=real[:, None])
+        tl.store(sums_ptr + out[:, None] * DIM + HALF + h[None, :], sums_high.to(sums_ptr.dtype.element_ty), mask=real[:, None])
+    else:
+        tl.store(sums_ptr + out[:, None] * DIM + c[None, :], sums.to(sums_ptr.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_parts"])
 def _combine(  # type: ignore[no-untyped-def]
     sums_ptr, largest_ptr, total_ptr, out_ptr, all_parts, DIM: tl.constexpr, BLOCK_P: tl.constexpr
 ):
@@ -299,6 +307,22 @@ def _combine(  # type: ignore[no-untyped-def]
     sums = tl.load(sums_ptr + (row * all_parts + p)[:, None] * DIM + c[None, :], mask=inside[:, None], other=0)
     out = tl.sum(sums * weight[:, None], axis=0) / total
     tl.store(out_ptr + row * DIM + c, out.to(out_ptr.dtype.element_ty))
+
+
+@cache
+def _multiprocessors(device: str) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.startswith("cuda") else 132
+
+
+def parts_for(capacity: int, pairs: int, device: str) -> int:
+    """Parts that attention is cut into: enough programs that the last ones to run do not leave most of the GPU idle.
+
+    Args:
+        capacity: tokens that a sequence has room for.
+        pairs: of a sequence and a kv head.
+    """
+    wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(str(device)) // pairs)
+    return max(1, min(_MOST_PARTS, -(-capacity // _LEAST_TOKENS), wanted))
 
 
 def append(
@@ -359,13 +383,15 @@ def attend(queries: torch.Tensor, layer: CacheLayer, lengths: torch.Tensor, scal
     """
     batch, heads, dim = queries.shape
     _, kv_heads, capacity, _ = layer.keys.shape
-    every = parts + (1 if layer.window else 0)
-    sums = torch.empty(batch, heads, every, dim, dtype=torch.float32, device=queries.device)
-    largest, total = (torch.empty(batch, heads, every, dtype=torch.float32, device=queries.device) for _ in range(2))
+    every, out = parts + (1 if layer.window else 0), torch.empty_like(queries)
+    whole = every == 1
+    sums = out if whole else torch.empty(batch, heads, every, dim, dtype=torch.float32, device=queries.device)
+    largest, total = (out if whole else torch.empty(batch, heads, every, dtype=torch.float32, device=queries.device) for _ in range(2))
     grouped = heads // kv_heads
     constants = {
         "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WINDOW": layer.window, "DTYPE": _TRITON_DTYPES[queries.dtype],
-        "GROUPED": grouped, "BLOCK_G": max(16, triton.next_power_of_2(grouped)), "BLOCK_T": _BLOCK_VALUES // max(dim, 128), "num_warps": 4,
+        "GROUPED": grouped, "BLOCK_G": max(16, triton.next_power_of_2(grouped)), "BLOCK_T": _BLOCK_VALUES // max(dim, 128),
+        "WHOLE": whole, "num_warps": 4,
     }  # fmt: skip
     stored = (layer.keys, layer.values, layer.key_scale, layer.value_scale, layer.key_zero, layer.value_zero)
     _attend[(batch * kv_heads, parts)](
@@ -378,7 +404,8 @@ def attend(queries: torch.Tensor, layer: CacheLayer, lengths: torch.Tensor, scal
             queries, *ring, lengths, sums, largest, total, layer.window, scale, parts, every, sliding, RING=True, KIND="none", num_stages=2,
             **constants,
         )  # fmt: skip
-    out = torch.empty_like(queries)
+    if whole:
+        return out
     _combine[(batch * heads,)](sums, largest, total, out, every, DIM=dim, BLOCK_P=triton.next_power_of_2(every), num_warps=4)
     return out
 

@@ -19,7 +19,7 @@ from fewbit.kernels.triton.gpu_kernel import Rows
 __all__ = ["multiply", "scaled_sums"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks"])
 def _products(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, out_ptr, M, N, K, blocks, k_per_part, INTEGER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

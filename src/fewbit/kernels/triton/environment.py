@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
 
-__all__ = ["interpreted", "preference", "refuse_device"]
+from fewbit.errors import KernelError
+
+__all__ = ["interpreted", "on_device", "preference", "refuse_device", "room_for"]
 
 _MINIMUM_CAPABILITY = (8, 0)  # Ampere: BF16 tensor cores
 
@@ -52,3 +56,26 @@ def refuse_device(device: str, minimum: tuple[int, int] = _MINIMUM_CAPABILITY) -
         name = torch.cuda.get_device_name(device)
         return f"needs compute capability {minimum[0]}.{minimum[1]}; {name} has {capability[0]}.{capability[1]}"
     return None
+
+
+def on_device(device: torch.device | str) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments are on: within this context that is `device`."""
+    return torch.cuda.device(device) if str(device).startswith("cuda") else nullcontext()
+
+
+@contextmanager
+def room_for(what: str, device: torch.device | str, remedy: str) -> Iterator[None]:
+    """Within this context a GPU without memory is an error that names `what` needed it.
+
+    Raises:
+        KernelError: out of memory; the free and the whole memory are in the message.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if torch.cuda.is_available():
+            free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+            seen = f" ({free:.1f} of {whole:.1f} GiB are free on {device})"
+        else:
+            seen = f" on {device}"
+        raise KernelError(f"no memory for {what}{seen}", remedy) from error

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fewbit.errors import KernelError
 from fewbit.formats.spec import QuantSpec
 from fewbit.kernels.base import Kernel, KernelRequest
+from fewbit.kernels.triton.environment import on_device
 
 __all__ = ["GpuKernel", "Rows"]
 
@@ -61,12 +63,21 @@ class GpuKernel(Kernel):
         return None
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
+        """See `Kernel.apply`.
+
+        Raises:
+            KernelError: x and the packed weight are on different devices.
+        """
         from fewbit.kernels.triton.rows import finish, process_rows  # imports Triton
 
+        held = next(iter(packed.values())).device
+        if x.device != held:
+            raise KernelError(f"{self.name}: the input is on {x.device}, the packed weight on {held}", "move one of them with `.to`")
         rows = x.reshape(-1, request.in_features).contiguous()
         inputs = self.inputs(request)
         shape = (*x.shape[:-1], request.out_features)
         if not rows.shape[0]:
             return x.new_empty(shape)
-        taken = Rows(rows) if inputs is None else process_rows(rows, request.dtype, inputs=inputs, static=packed.get("input_scale"))
-        return finish(self.sums(taken, packed, request), bias, request.dtype).view(shape)
+        with on_device(held):
+            taken = Rows(rows) if inputs is None else process_rows(rows, request.dtype, inputs=inputs, static=packed.get("input_scale"))
+            return finish(self.sums(taken, packed, request), bias, request.dtype).view(shape)

@@ -42,7 +42,7 @@ def _to_e4m3(x):  # type: ignore[no-untyped-def]
     return ((x + power) - power).to(tl.float8e4nv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _process(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, residual_ptr, weight_ptr, static_ptr, values_ptr, scale_ptr, M, K, epsilon, divisor, smallest,
     PARTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
@@ -81,7 +81,7 @@ def _process(  # type: ignore[no-untyped-def]
         tl.store(scale_ptr + row, scale + tl.sum(x * 0.0, axis=0))  # NaN where the row is not finite
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _silu_product(x_ptr, out_ptr, M, N, PARTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -145,7 +145,7 @@ def process_rows(
         x, _or(bias, x), _or(residual, x), x if norm is None else norm[0], _or(static, x), values, _or(scale, x), rows, columns,
         0.0 if norm is None else norm[1], 1.0 if inputs is None else scale_divisor(inputs), SMALLEST_SCALE["float32"],
         PARTS=parts, BIAS=bias is not None, RESIDUAL=residual is not None, NORM=norm is not None, CODES=codes, STATIC=static is not None,
-        DTYPE=_TRITON_DTYPES[dtype], BLOCK=block, num_warps=min(max(block // 512, 4), 16),
+        DTYPE=_TRITON_DTYPES[dtype], BLOCK=block, num_warps=min(max(block // 1024, 4), 32),
     )  # fmt: skip
     return Rows(values, scale)
 

@@ -2,7 +2,8 @@
 
 A device class is the name that torch gives the device, where one was measured (`NVIDIA H200`), else `default`: rows by rule. On a class
 that was not measured `search` times a few candidates the first time that a shape is met, outside of CUDA graphs, and remembers the fastest
-for the process; `FEWBIT_TRITON_SEARCH=0` turns that off. `benchmarks/gpu.py --tune` prints rows for the table.
+for the process; `FEWBIT_TRITON_SEARCH=0` turns that off. `benchmarks/gpu.py` searches on a class that was not measured, prints rows for the
+table and goes on with them (`install`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from fewbit.kernels.triton.environment import interpreted
 
-__all__ = ["Tiles", "candidates", "search", "tiles_for"]
+__all__ = ["Tiles", "candidates", "install", "is_measured", "rows_of", "search", "tiles_for"]
 
 
 @dataclass(frozen=True)
@@ -55,29 +56,48 @@ def _table() -> dict[str, tuple[bool, list[Tiles]]]:
     return {name: (section["measured"], [Tiles(**row) for row in section["rows"]]) for name, section in tomllib.loads(text).items()}
 
 
+_INSTALLED: list[Tiles] = []
+
+
+def install(rows: list[Tiles]) -> None:
+    """Rows that come before the table's in this process; none: the table's again."""
+    _INSTALLED[:] = rows
+
+
+def rows_of(name: str) -> list[Tiles] | None:
+    """Measured rows for a device that torch calls `name`; None where the table has none."""
+    found = next((section for known, section in _table().items() if known != "default" and name.startswith(known)), None)
+    return None if found is None or not found[0] else found[1]
+
+
 @cache
 def _device_class(device: str) -> str:
-    if interpreted() or not torch.cuda.is_available():
+    if interpreted() or not device.startswith("cuda"):
         return "default"
     name = torch.cuda.get_device_name(device)
     return next((known for known in _table() if known != "default" and name.startswith(known)), "default")
 
 
+def is_measured(device: str) -> bool:
+    """Whether the rows for a device come from a measurement."""
+    return bool(_INSTALLED) or _table()[_device_class(device)][0]
+
+
 def tiles_for(tokens: int, device: str) -> Tiles:
     """Block sizes for M = `tokens` on a device, `split` still open."""
-    rows = _table()[_device_class(device)][1]
+    rows = _INSTALLED or _table()[_device_class(device)][1]
     return next((row for row in rows if tokens <= row.tokens), rows[-1])
 
 
 def candidates(tokens: int) -> list[Tiles]:
-    """Rows worth trying for M = `tokens`: what `search` and `benchmarks/gpu.py --tune` choose from."""
+    """Rows worth trying for M = `tokens`: what `search` and `benchmarks/gpu.py` choose from."""
     if tokens <= 32:
-        block_m = 16 if tokens <= 16 else 32
+        block_m = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
         return [
-            Tiles(block_m, False, block_m, block_n, programs, warps, stages)
-            for block_n, warps in ((32, 2), (64, 4), (128, 4))
-            for programs in (256, 512, 1024)
-            for stages in (4, 6)
+            Tiles(block_m, True, block_m, block_n, programs, warps, stages)
+            for block_n, warps in ((32, 2), (64, 2), (64, 4), (128, 4), (256, 8))
+            for programs in (264, 528, 1056)
+            for stages in (3, 5)
         ]
     sizes = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8))
     return [
@@ -100,7 +120,7 @@ def search(key: tuple[object, ...], tokens: int, shape: tuple[int, int], device:
         run: computes the product with these block sizes.
     """
     rule = tiles_for(tokens, device).for_shape(tokens, *shape)
-    if not device.startswith("cuda") or _table()[_device_class(device)][0] or os.environ.get("FEWBIT_TRITON_SEARCH", "1") == "0":
+    if not device.startswith("cuda") or is_measured(device) or os.environ.get("FEWBIT_TRITON_SEARCH", "1") == "0":
         return rule
     whole = (device, tokens if tokens <= 64 else 1 << (tokens - 1).bit_length(), shape, key)
     if whole not in _FOUND:

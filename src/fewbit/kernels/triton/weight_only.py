@@ -44,26 +44,39 @@ def _as_wide(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _masked(bits, MASK: tl.constexpr, MAGIC: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(bits & MASK) | MAGIC in one instruction; left to itself the assembler makes two, each with its constant as an immediate.
+
+    The interpreter (WIDE) has no assembler."""
+    if WIDE:
+        return (bits & MASK) | MAGIC
+    mask, magic = tl.full(bits.shape, MASK, tl.int32), tl.full(bits.shape, MAGIC, tl.int32)
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [bits, mask, magic], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _numbers(  # type: ignore[no-untyped-def]
     pair, zero, table_ptr, BITS: tl.constexpr, KIND: tl.constexpr, AFFINE: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr
 ):
     """The numbers [BLOCK_N, 32] in DTYPE that pairs of codes [BLOCK_N, 16] stand for, before the scale. WIDE: subtract and multiply in
     float32, with the same exact results: Triton's interpreter has no BF16 arithmetic, and float32 inputs want it so."""
     if KIND == "table":
-        lower = tl.load(table_ptr + (pair & 0xFFFF))
-        upper = tl.load(table_ptr + (pair >> 16))
+        lower = tl.load(table_ptr + (pair & ((1 << BITS) - 1)))
+        upper = tl.load(table_ptr + ((pair >> 16) & ((1 << BITS) - 1)))
         return tl.reshape(tl.join(lower, upper), (pair.shape[0], 32)).to(DTYPE)
     if KIND == "int":
         if BITS == 8 and DTYPE != tl.float16:  # 2**23 + code in float32: BF16 has too few bits
-            lower = ((pair & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True)
-            upper = ((pair >> 16) | 0x4B000000).to(tl.float32, bitcast=True)
+            lower = _masked(pair, 0xFF, 0x4B000000, WIDE).to(tl.float32, bitcast=True)
+            upper = _masked(pair >> 16, 0xFF, 0x4B000000, WIDE).to(tl.float32, bitcast=True)
             y = tl.reshape(tl.join(lower, upper), (pair.shape[0], 32)) - 8388736.0
             return ((y - zero[:, None]) if AFFINE else y).to(DTYPE)
         if DTYPE == tl.float16:
-            x = _as_float(pair | 0x64006400, tl.float16)
+            x = _as_float(_masked(pair, ((1 << BITS) - 1) * 0x00010001, 0x64006400, WIDE), tl.float16)
             shift = 1024.0 + (1 << (BITS - 1))
         else:
-            x = _as_float(pair | 0x43004300, tl.bfloat16)
+            x = _as_float(_masked(pair, ((1 << BITS) - 1) * 0x00010001, 0x43004300, WIDE), tl.bfloat16)
             shift = 128.0 + (1 << (BITS - 1))
         if WIDE:
             y = x.to(tl.float32) - shift
@@ -99,14 +112,14 @@ def _scale(stored, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _pairs(word, high, step: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes of one step, in the lower halves' and the upper halves' low bits."""
+    """Codes of one step, in the lower halves' and the upper halves' low bits; other bits above them."""
     if BITS == 3:
         odd = tl.arange(0, 16) % 2
         return ((word >> (2 * step)) & 0x00030003) | (((high >> (step + 8 * odd)[None, :]) & 0x00010001) << 2)
-    return (word >> (BITS * step)) & (((1 << BITS) - 1) * 0x00010001)
+    return word >> (BITS * step)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks", "groups", "chunks_per_part"])
 def _multiply(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, out_ptr, M, N, K, chunks, groups, chunks_per_part,
     BITS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
@@ -191,7 +204,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=there & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "groups"])
 def _dequantize(  # type: ignore[no-untyped-def]
     codes_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, global_ptr, out_ptr, N, K, chunks, groups,
     BITS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
