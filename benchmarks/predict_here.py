@@ -8,7 +8,7 @@ within minutes, and its cores' speed by as much; so each piece measures the mach
 kernels that it runs; rates are the means of the two), and the BF16 step at batch 1 takes its turn beside the others. Random weights in the
 published shapes; a slice of the layers runs and each step is scaled to the whole stack (`bench.scaling`).
 
-    python benchmarks/predict_here.py                                  # everything, about half an hour
+    python benchmarks/predict_here.py                                  # everything, twenty minutes and more
     python benchmarks/predict_here.py --pieces                         # names of the pieces
     python benchmarks/predict_here.py --measure qwen2.5-0.5b/exact/8   # one piece, a minute, kept in --results
     python benchmarks/predict_here.py --kept                           # tables and bars from what is kept
@@ -57,7 +57,7 @@ from fewbit.workflows.bench import bench_machine
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b")
 SCHEMES = ("BF16", "W8A16", "W4A16")
-_RESULTS = Path(__file__).parent / "results" / "predict_here.json"
+_RESULTS = Path(__file__).parent / "results" / "predict_here-2026-11-21.json"
 _DIFFERENT = 1.1
 _SETTLING = 2
 _LEAST_STEPS = 5
@@ -247,6 +247,18 @@ def print_table(steps: Sequence[Step]) -> None:
         )
 
 
+def print_summary(steps: Sequence[Step]) -> None:
+    """Errors by model and batch, a table for BENCHMARKS.md."""
+    print("\n| model | batch | median error of INT8 and INT4 | largest | ms measured / predicted at 1,024 tokens: BF16, INT8, INT4 |")
+    print("| --- | --- | --- | --- | --- |")
+    for model, batch in dict.fromkeys((step.model, step.point.batch) for step in steps):
+        here = [step for step in steps if (step.model, step.point.batch) == (model, batch)]
+        errors = [step.error for step in here if step.point.scheme != "BF16"]
+        times = [f"{step.measured:.0f} / {step.predicted:.0f}" for step in here if step.point.context == 1024]
+        print(f"| {model} | {batch} | {median(errors):.1f} % | {max(errors):.1f} % | {', '.join(times)} |")
+    print()
+
+
 def _bars(options: argparse.Namespace, kept: Kept) -> list[Bar]:
     @cache
     def grid() -> list[Step]:
@@ -257,6 +269,7 @@ def _bars(options: argparse.Namespace, kept: Kept) -> list[Bar]:
             measure(name, options, kept)
         steps = [step for name in piece_names(options) for step in predict_piece(name, kept.pieces[name])]
         print_table(steps)
+        print_summary(steps)
         inside = sum(step.inside for step in steps) / len(steps)
         print(f"{inside:.0%} of {len(steps)} times lie in their 90 % intervals")
         return steps
@@ -293,7 +306,7 @@ def main() -> int:
     parser.add_argument("--models", type=_words, default=list(MODELS), metavar="NAMES")
     parser.add_argument("--batches", type=_numbers, default=[1, 2, 4, 8, 16, 32], metavar="N,N")
     parser.add_argument("--contexts", type=_numbers, default=[128, 1024, 4096], metavar="N,N")
-    parser.add_argument("--computes", type=_words, default=["exact", "int8-activations"], metavar="MODES")
+    parser.add_argument("--computes", type=_words, default=["exact"], metavar="MODES", help="exact, int8-activations or both")
     parser.add_argument("--layers", type=int, default=6, metavar="N", help="layers of the slice")
     parser.add_argument("--steps", type=int, default=15, metavar="N", help="counted steps per variant and place, fewer where they are long")
     parser.add_argument("--results", type=Path, default=_RESULTS, metavar="FILE", help="where pieces are kept")
