@@ -1,6 +1,7 @@
 """The native code under AddressSanitizer and UndefinedBehaviorSanitizer: `fewbit._native` is built with them, and its tests run on it.
 
     python scripts/sanitize.py                          # build in build/sanitize, then every test of the native code
+    python scripts/sanitize.py --program                # only the C++ program that compares the kernels of all instruction sets
     python scripts/sanitize.py -- tests/kernels/cpu -k fuzz
     python scripts/sanitize.py --sanitizers thread      # data races of the thread pool, another build
 
@@ -30,14 +31,25 @@ _OPTIONS = {
 }
 
 
+def run_program(sanitizers: str) -> int:
+    """Build and run `kernel_tests` (tests/native); its exit code."""
+    folder = ROOT / "build" / f"sanitize-program-{sanitizers.replace(',', '-')}"
+    _build(folder, sanitizers, "-DFEWBIT_KERNEL_TESTS=ON")
+    return subprocess.run([folder / "kernel_tests"], env={**_OPTIONS, **os.environ}, check=False).returncode
+
+
 def build(sanitizers: str) -> Path:
     """Build the extension with sanitizers; its file."""
     folder = ROOT / "build" / f"sanitize-{sanitizers.replace(',', '-')}"
     nanobind = subprocess.run([sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True, check=True).stdout.strip()
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-Dnanobind_DIR={nanobind}", f"-DPython_EXECUTABLE={sys.executable}"]
-    subprocess.run([*configure, "-DCMAKE_BUILD_TYPE=None", f"-DFEWBIT_SANITIZE={sanitizers}"], check=True)
-    subprocess.run(["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], check=True)
+    _build(folder, sanitizers, f"-Dnanobind_DIR={nanobind}", f"-DPython_EXECUTABLE={sys.executable}")
     return next(file for file in folder.glob("_native*") if file.suffix == ".so")
+
+
+def _build(folder: Path, sanitizers: str, *options: str) -> None:
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *options, "-DCMAKE_BUILD_TYPE=None", f"-DFEWBIT_SANITIZE={sanitizers}"]
+    subprocess.run(configure, check=True)
+    subprocess.run(["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 
 def _library(name: str) -> str:
@@ -62,8 +74,12 @@ def pytest_configure() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sanitizers", default="address,undefined", help="as the compiler's -fsanitize takes them")
+    parser.add_argument("--program", action="store_true", help="only the C++ program of tests/native, no Python")
     parser.add_argument("tests", nargs="*", help="of pytest; those of the native code when left out")
     arguments = parser.parse_args()
+    failed = 0 if arguments.tests else run_program(arguments.sanitizers)
+    if failed or arguments.program:
+        return failed
     extension = build(arguments.sanitizers)
     environment = {**_OPTIONS, **os.environ, _EXTENSION: str(extension), "OMP_NUM_THREADS": "1"}
     libraries = [_library(_LIBRARIES[name]) for name in arguments.sanitizers.split(",") if name in _LIBRARIES]

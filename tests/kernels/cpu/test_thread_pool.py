@@ -1,10 +1,13 @@
-"""The kernels' threads: idle ones cost nothing, a forked child gets its own, callers from several threads wait for each other."""
+"""The kernels' threads: idle ones cost nothing, torch's and ours do not keep each other's cores busy, a forked child gets its own, and
+callers from several threads wait for each other."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +44,43 @@ def test_idle_threads_sleep(linear):
     before = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before < 0.03
+
+
+TASKS = Path("/proc/self/task")
+
+
+def seconds_of(threads: set[str]) -> float:
+    """Processor time that threads of this process have had."""
+    return sum(int((TASKS / thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+
+
+def busy_seconds(work: Callable[[], object], threads: set[str]) -> float:
+    """What `threads` take while `work` runs over and over for a quarter of a second on this one, their last spins let pass."""
+    work()
+    time.sleep(0.05)
+    before, end = seconds_of(threads), time.monotonic() + 0.25
+    while time.monotonic() < end:
+        work()
+    return seconds_of(threads) - before
+
+
+@pytest.mark.skipif(not (TASKS / str(os.getpid()) / "schedstat").exists(), reason="this system does not tell the time of single threads")
+def test_torch_and_the_kernels_do_not_keep_each_others_threads_busy(linear):
+    """As many threads each as torch was told; those of the one sleep while the other computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    known = {task.name for task in TASKS.iterdir()}
+    a, x = torch.randn(512, 512), torch.randn(64, 256)
+    try:
+        _native.set_threads(4)
+        ours = {task.name for task in TASKS.iterdir()} - known
+        assert len(ours) == 3  # and the caller
+        assert busy_seconds(lambda: a @ a, ours) < 0.05
+        others = {task.name for task in TASKS.iterdir()} - ours - {str(threading.get_native_id())}
+        assert busy_seconds(lambda: run(linear, x), others) < 0.05
+        assert busy_seconds(lambda: run(linear, x), ours) > 0.0  # else nothing of this would have been measured
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_many_short_runs(linear):
