@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -70,7 +71,8 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         """All passes in seconds, and what is known about each contender."""
         series = {name: {"seconds": s.kept, "dropped": s.dropped, "fastest": s.fastest, **s.facts} for name, s in self.series.items()}
-        return {**self.about, "read_bandwidth_gb_per_s": self.bandwidth, "contenders": series, "not_measured": self.reasons}
+        bandwidth = None if math.isnan(self.bandwidth) else self.bandwidth  # NaN is no JSON
+        return {**self.about, "read_bandwidth_gb_per_s": bandwidth, "contenders": series, "not_measured": self.reasons}
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> Measured:
@@ -80,7 +82,8 @@ class Measured:
             rest = {key: value for key, value in facts.items() if key not in ("seconds", "dropped", "fastest")}
             series[name] = Series(facts["seconds"], facts["dropped"], facts["fastest"], rest)
         about = {key: value for key, value in kept.items() if isinstance(value, str)}
-        return cls(series, kept["read_bandwidth_gb_per_s"], kept["not_measured"], about)
+        bandwidth = kept["read_bandwidth_gb_per_s"]
+        return cls(series, float("nan") if bandwidth is None else bandwidth, kept["not_measured"], about)
 
     def rate(self, name: str) -> float:
         """Tokens per second."""
@@ -89,6 +92,19 @@ class Measured:
     def memory_rate(self, name: str) -> float:
         """Steps per second that 0.92 of the bandwidth allows."""
         return MEMORY_SHARE * self.bandwidth * 1e9 / self._facts(name)["bytes"]
+
+    def rows(self, title: str) -> list[str]:
+        """Rows of the table in BENCHMARKS.md."""
+        rows = []
+        for name, series in self.series.items():
+            facts, counted = series.facts, f"{len(series.kept)} of {len(series.kept) + series.dropped}"
+            try:
+                rate = f"{self.rate(name):,.1f}"
+            except NotMeasuredError:
+                rate = f"- (fastest {facts['tokens'] / series.fastest:,.1f})"
+            reads = "-" if math.isnan(self.bandwidth) else f"{self.bandwidth:.1f}"
+            rows.append(f"| {title} | {reads} | {name} | {rate} | {counted} | {facts['bytes'] / 1e6:.0f} | {facts['head']} |")
+        return rows
 
     def _facts(self, name: str) -> dict[str, Any]:
         if name not in self.series:
@@ -123,6 +139,14 @@ class Models:
         if title not in self._done:
             self._measure(shapes, group)
         return self._done[title]
+
+    def table(self) -> str:
+        """All that is kept, for BENCHMARKS.md."""
+        head = [
+            "| pass | reads GB/s | contender | tokens/s | counted passes | MB per token | head |",
+            "| --- | ---: | --- | ---: | ---: | ---: | --- |",
+        ]
+        return "\n".join([*head, *(row for title, measured in self._done.items() for row in measured.rows(title))])
 
     def _measure(self, shapes: str, group: str) -> None:
         files = {kind: str(model_file(shapes, kind)) for kind in ("bf16", "q4_0", "q8_0")}
@@ -261,6 +285,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=30.0, help="seconds of passes per phase")
     parser.add_argument("--only", default="", help="bars whose names begin so")
     parser.add_argument("--results", type=Path, metavar="FILE", help="keep what is measured in FILE; what it has is not measured again")
+    parser.add_argument("--table", action="store_true", help="print what --results holds as a table, and measure nothing")
     parser.add_argument("--hold", action="store_true", help="wait for a line on standard input before the passes of each group")
     parser.add_argument("--prepare", action="store_true", help="make the GGUF files and measure nothing")
     add_arguments(parser)
@@ -271,6 +296,9 @@ def main() -> int:
                 print(model_file(shapes, kind))
         return 0
     models = Models(arguments.threads, arguments.passes, arguments.limit, arguments.results, arguments.hold)
+    if arguments.table:
+        print(models.table())
+        return 0
     code = run_bars(bars(models, arguments.only), list_only=arguments.list, json_file=arguments.json)
     if not arguments.list and "head".startswith(arguments.only):
         print_head_kl("int8")
