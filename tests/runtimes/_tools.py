@@ -133,14 +133,29 @@ def autoround(model: Path, out: Path, layout: str) -> dict[str, torch.Tensor]:
 
 
 def modelopt(model: Path, out: Path, preset: str) -> dict[str, torch.Tensor]:
-    """ModelOpt's export for Hugging Face; dequantized from what it simulates: its fake-quantized weight."""
+    """ModelOpt's export for Hugging Face; dequantized by its own tensor classes. (What it simulates, `weight_quantizer(weight)`, is not
+    what it exports: its export rounds the other way where BF16 lies between two codes. For the INT4 that it exports it has no class.)
+    """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+    from safetensors.torch import load_file
 
     quantized, rows = load(model), windows(model)[:8]
     mtq.quantize(quantized, getattr(mtq, preset), lambda m: [m(**row) for row in rows])
-    found = {name: module.weight_quantizer(module.weight.float()).detach() for name, module in linears(quantized)}
     export_hf_checkpoint(quantized, export_dir=str(out))
+    tensors, found = load_file(out / "model.safetensors"), {}
+    for name in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
+        weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+        shape = (weight.shape[0], weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1))
+        if weight.dtype == torch.uint8:
+            packed = NVFP4QTensor(torch.Size(shape), torch.float32, weight)
+            double = tensors[f"{name}.weight_scale_2"]
+            found[name] = packed.dequantize(torch.float32, scale=scale, double_scale=double, block_sizes={-1: 16})
+            continue
+        blocks = {0: 128, 1: 128} if scale.dim() == 4 else None
+        scale = scale.reshape(scale.shape[0], scale.shape[2]) if blocks else scale.reshape(-1, 1) if scale.dim() == 1 else scale
+        found[name] = FP8QTensor(torch.Size(shape), torch.float32, weight).dequantize(torch.float32, scale=scale, block_sizes=blocks)
     return found
 
 
@@ -170,7 +185,6 @@ CASES: dict[str, Callable[[Path, Path], dict[str, torch.Tensor]]] = {
     "modelopt-fp8": lambda m, o: modelopt(m, o, "FP8_DEFAULT_CFG"),
     "modelopt-fp8-pc": lambda m, o: modelopt(m, o, "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
     "modelopt-fp8-block": lambda m, o: modelopt(m, o, "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
-    "modelopt-int4": lambda m, o: modelopt(m, o, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
     "modelopt-w4a16-nvfp4": lambda m, o: modelopt(m, o, "W4A16_NVFP4_CFG"),
     "modelopt-nvfp4": lambda m, o: modelopt(m, o, "NVFP4_DEFAULT_CFG"),
 }

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewbit.checkpoints.damage import damaged_copy
 from fewbit.checkpoints.plain import write_plain
 from fewbit.checkpoints.registry import get_layout
 from fewbit.checkpoints.runtimes import get_runtime, kind_of, kinds, runtimes
 from fewbit.checkpoints.safetensors_files import SafetensorsFiles
+from fewbit.checkpoints.shards import write_tensors
 from fewbit.checkpoints.sources import open_source
 from fewbit.errors import UnsupportedModelError, UsageError
 from fewbit.formats.digest import digest
@@ -82,6 +84,16 @@ def test_another_runtime_computes_the_same_and_a_damaged_copy_does_not(w4: Path)
 def test_a_runtime_that_cannot_load_the_kind_is_not_asked(w4: Path) -> None:
     check = verify_checkpoint(w4, runtime_names=("llama.cpp",)).runtimes[0]
     assert (check.status, check.reason) == ("skipped", "does not read this layout")
+
+
+def test_a_scale_that_is_one_number_is_damaged_as_well(tmp_path: Path) -> None:
+    directory = tmp_path / "modelopt"
+    directory.mkdir()
+    tensors = {"p.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "p.weight_scale": torch.tensor(0.5)}
+    write_tensors(directory / "model.safetensors", tensors)
+    worse = SafetensorsFiles(damaged_copy(directory, "p", tmp_path / "worse"))
+    assert worse.get("p.weight_scale") == 0.75
+    assert SafetensorsFiles(directory).get("p.weight_scale") == 0.5
 
 
 def test_an_unknown_runtime_is_refused(w4: Path) -> None:

@@ -64,7 +64,7 @@ def _scaled(scales: torch.Tensor) -> torch.Tensor:
 def _patch(file: Path, entry: TensorEntry, tensor: torch.Tensor) -> None:
     with file.open("r+b") as stream:
         stream.seek(entry.offset)
-        stream.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        stream.write(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _link(source: Path, to: Path) -> None:
