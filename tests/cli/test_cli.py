@@ -192,9 +192,10 @@ def test_wrong_names_are_listed_with_the_right_ones(tiny_llama_dir: Path, text: 
     assert "does not exist" in fails(capsys, "evaluate", "./no/such/model", "--text", text)
 
 
-def test_an_option_that_says_nothing_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_that_says_nothing_is_an_error(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'a100-80gb'" in fails(capsys, "decide", "7e9", "--hardware", "h100-sxm", "--price", "a100-80gb=3")
     assert "--hardware" in fails(capsys, "plan", "7e9", "--hardware-file", "devices.toml")
+    assert "'unfused'" in fails(capsys, "generate", tiny_llama_dir, "--kernel", "unfused")
 
 
 def test_text_that_cannot_be_used(tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,8 @@ def generate_text(
         raise UsageError("the prompt is empty", "pass some text with --prompt")
     source = open_source(model)
     chosen = get_scheme(scheme or "BF16") if scheme or source.scheme is None else source.scheme
+    if kernel is not None and chosen.weights is None:
+        raise UsageError(f"kernel '{kernel}' is for quantized weights, and {chosen.name} has none", "add --scheme, or leave --kernel out")
     head = head_format(lm_head)
     config = QuantizationConfig(chosen, kernel=kernel, strict=strict, compute=compute_mode(compute), lm_head=head)
     loaded = load_model(source, config)
