@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -235,5 +236,5 @@ class ModelOptReader(LinearsReader):
     def _scale(self, prefix: str, what: str, shape: tuple[int, ...]) -> torch.Tensor:
         name = f"{prefix}.{what}"
         found = self.files.shape(name)
-        wanted = (1,) if shape == () and found == (1,) else shape  # some versions write [1] for a number
+        wanted = found if prod(shape) == prod(found) == 1 else shape  # some versions write [1] for a number, or a number for one block
         return finite(part(self.files, name, (torch.float32,), wanted), name, self.files)
