@@ -101,8 +101,10 @@ def run_linear(linear: native.Linear, x: torch.Tensor, bias: torch.Tensor | None
     """
     use_torch_threads()
     rows = x.detach().reshape(-1, linear.in_features)
+    y = rows.new_empty(rows.shape[0], linear.out_features)
+    if rows.shape[0] == 0:  # torch takes an empty tensor for contiguous whatever its strides
+        return y.view(*x.shape[:-1], linear.out_features)
     if rows.stride(1) != 1 and rows.shape[1] != 1:
         rows = rows.contiguous()
-    y = rows.new_empty(rows.shape[0], linear.out_features)
     linear.apply(rows, y, None if bias is None else bias.detach().float().contiguous())
     return y.view(*x.shape[:-1], linear.out_features)
