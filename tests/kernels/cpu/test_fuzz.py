@@ -14,6 +14,7 @@ import torch
 from hypothesis import example, given, settings
 
 from fewbit import _native
+from fewbit.errors import FormatError
 from fewbit.formats.quantize import dequantize
 from fewbit.formats.spec import SCHEMES, QuantSpec
 from fewbit.formats.tensor import QuantizedTensor
@@ -97,7 +98,11 @@ def test_any_shape_any_stride(name, data):
         assert str(columns) in reason  # the shape, and not the machine
         return
     x = torch.randn(tokens, columns) * 10.0 ** data.draw(st.integers(-6, 6))
-    weight = rtn(torch.randn(out, columns) * 0.05, weights)
+    try:
+        weight = rtn(torch.randn(out, columns) * 0.05, weights)
+    except FormatError as error:
+        assert str(columns) in str(error) and weights.group_size is not None and columns % weights.group_size
+        return
     if inputs is not None and not inputs.dynamic:
         weight = replace(weight, input_scale=(x.abs().amax() if tokens else torch.tensor(1.0)).reshape(1) / 127.5)
     bad = data.draw(st.sampled_from([None, *BAD])) if tokens else None
