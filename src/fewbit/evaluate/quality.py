@@ -156,9 +156,15 @@ def evaluate_quality(
     )
 
 
-def noise_floor(reference: Reference, *, progress: Progress | None = None) -> NoiseFloor:
-    """BF16 against itself, read in chunks through its cache instead of in one pass: sizes of the differences that mean nothing."""
-    comparison = _compare(reference, reference.loaded, _through_cache, progress)
+def noise_floor(reference: Reference, *, tokens: int = 8192, progress: Progress | None = None) -> NoiseFloor:
+    """BF16 against itself, read in chunks through its cache instead of in one pass: sizes of the differences that mean nothing.
+
+    Args:
+        tokens: read about so many, in whole batches from the beginning. A size needs fewer than a comparison, whose interval hangs on
+            their number; what is left of noise in the mean makes the floor larger, never smaller than it is.
+        progress: called after each batch.
+    """
+    comparison = _compare(reference, reference.loaded, _through_cache, progress, tokens=tokens)
     return NoiseFloor(
         perplexity_delta_percent=abs(_percent(comparison.differences.mean().value)),
         kl_divergence_nats=max(comparison.kl.mean().value, 0.0),
@@ -261,9 +267,13 @@ def _compare(
     loaded: EvaluableModel,
     read: Callable[[EvaluableModel, torch.Tensor], torch.Tensor],
     progress: Progress | None,
+    tokens: int | None = None,
 ) -> _Comparison:
-    gathered = _Comparison()
+    gathered, read_tokens = _Comparison(), 0
     for batch in _batches(reference.windows, progress):
+        if tokens is not None and read_tokens >= tokens:
+            break
+        read_tokens += batch.ids.numel()
         logits = read(loaded, batch.ids)
         expected = reference.logits(batch).to(logits.device)
         if logits.shape != expected.shape:
