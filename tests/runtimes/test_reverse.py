@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import fewbit
 from fewbit.checkpoints.gguf_source import GgufSource
 from fewbit.checkpoints.runtimes import get_runtime, kind_of
-from fewbit.checkpoints.sources import open_source
+from fewbit.checkpoints.sources import TensorSource, open_source
 from fewbit.models.reference import reference_model_dir
 from fewbit.workflows.convert import convert_checkpoint
 from fewbit.workflows.foreign.environments import environments_directory, interpreter
@@ -68,6 +68,16 @@ def is_read(path: Path) -> None:
     assert not inspect_checkpoint(path).problems
 
 
+def in_bitsandbytes_order(source: TensorSource, name: str, directory: Path) -> torch.Tensor:
+    """A weight of LLM.int8 from our codes, in the library's order of operations: (code x SCB) x 1/127, where we have code x (SCB / 127)."""
+    prefix = name.removesuffix(".weight")
+    q, largest = source.get_quantized(prefix), load_file(directory / "model.safetensors")[f"{prefix}.SCB"].unsqueeze(1)
+    assert q is not None
+    assert torch.equal(q.scale, largest / 127)
+    assert torch.equal(source.get(name), q.values * q.scale)
+    return q.values * largest * 7.874015718698502e-3  # the constant in bitsandbytes.functional.int8_vectorwise_dequant
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = os.environ.get("FEWBIT_MADE")
@@ -87,11 +97,8 @@ def test_a_foreign_checkpoint_is_read_bit_for_bit(case: str, folder: Path, tiny_
     assert kind_of(directory).title
     assert len(source.quantized_linears) == len(theirs) == 14
     for name, weight in theirs.items():
-        ours = source.get(name).to(weight.dtype)
-        if case == "bnb-int8":  # it multiplies by 1/127 in float32 where we divide by 127: the last bit may differ
-            torch.testing.assert_close(ours, weight.cpu(), rtol=2.0**-22, atol=0.0)
-        else:
-            assert torch.equal(ours, weight.cpu()), name
+        ours = in_bitsandbytes_order(source, name, directory) if case == "bnb-int8" else source.get(name).to(weight.dtype)
+        assert torch.equal(ours, weight.cpu()), name
     is_read(directory)
     convert_checkpoint(directory, layout="dense-float32", out=tmp_path / "dense")
     dense = open_source(tmp_path / "dense")

@@ -164,6 +164,8 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> str:
     if weights["type"] == "float":
         if weights["strategy"] == "block":
             return "ct-fp8-block"
+        if inputs is not None and not static and weights["strategy"] == "tensor":
+            return "ct-fp8-tensor"
         if inputs is not None and not static and fields.get("kv_cache_scheme"):
             return "ct-fp8-kv"
         return "ct-fp8a16" if inputs is None else "ct-fp8-static" if static else "ct-fp8-dynamic"

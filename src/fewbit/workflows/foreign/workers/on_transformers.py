@@ -5,7 +5,9 @@ The quantizer that loads a layout is transformers' own (compressed-tensors, GPTQ
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ PACKAGES = ("transformers", "torch", "compressed-tensors", "gptqmodel", "bitsand
 
 
 def prepare() -> None:
-    """Import what takes long, once for all checkpoints."""
+    """Import what takes long, once for all checkpoints: transformers itself imports with the first use, four times as long as alone."""
     import torch
-    import transformers  # noqa: F401
 
-    torch.set_num_threads(1)  # threads do not survive the fork
+    torch.set_num_threads(1)  # threads do not survive the fork; so gptqmodel, which starts some, is left to the child that needs it
+    for name in ("transformers.models.llama.modeling_llama", "compressed_tensors.compressors", "bitsandbytes", "torchao.quantization"):
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _load(checkpoint: Mapping[str, Any]) -> Any:

@@ -19,14 +19,16 @@ _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pr
 
 
 def prepare() -> None:
-    """Import what takes long, once for all checkpoints."""
+    """Import what takes long, once for all checkpoints: `import vllm` alone imports next to nothing, the rest comes with the first use."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-    import vllm  # noqa: F401
+    import vllm.model_executor.models.llama
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm import LLM, SamplingParams  # noqa: F401
 
 
 def _answers(llm: Any, dtype: Any, shared: Any) -> dict[str, np.ndarray]:
