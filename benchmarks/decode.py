@@ -6,10 +6,10 @@
     python benchmarks/decode.py --prepare                      # only make the GGUF files
 
 Models have random weights in the shapes of Qwen2.5 0.5B and 1.5B, in every contender's own format. Each contender is a process
-(`peers/decode_NAME.py`) that stays; passes of 8 steps at 128 tokens of context, or of one prefill, take turns (`_interleaved.py`), reads of
-memory among them. What is compared are medians of the passes that had the cores to themselves. Printed with each: bytes read per token and
-the format of the output head, since llama.cpp's Q4_0 files keep it in Q6_K or Q8_0; fewbit has it in INT8 here, or in INT4 where the name
-says so. What that costs in quality is printed last: the divergence of the bundled model with nothing but its head quantized.
+(`peers/decode_NAME.py`) that stays; passes of 4 or 8 steps at 128 tokens of context, or of one prefill, take turns (`_interleaved.py`),
+reads of memory among them. What is compared are medians of the passes that had the cores to themselves. Printed with each: bytes read per
+token and the format of the output head, since llama.cpp's Q4_0 files keep it in Q6_K or Q8_0; fewbit has it in INT8 here, or in INT4 where
+the name says so. What that costs in quality is printed last: the divergence of the bundled model with nothing but its head quantized.
 
 `--hold` waits for a line on standard input when the models of a group are loaded, so that several benchmarks of one machine can take turns.
 
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from _bars import Bar, NotMeasuredError, add_arguments, run_bars
-from _interleaved import MAX_DELAY, Contender, PeerError, Series, Worker, interleave
+from _interleaved import Contender, PeerError, Series, Worker, interleave
 
 _HERE = Path(__file__).parent
 SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b")
@@ -48,9 +48,8 @@ PHASES: dict[str, dict[str, int]] = {
     "prefill512": {"batch": 1, "context": 0, "steps": 0, "prompt": 512},
     "batch8": {"batch": 8, "context": 128, "steps": 4, "prompt": 0},
 }
-# Passes longer than a second cannot escape the share of each second that Linux keeps from real-time processes (50 ms, two threads). It
-# makes all of them slower alike; shorter ones by up to a twentieth less.
-MAX_DELAYS = {"prefill512": 0.15}
+# A pass should stay below a second (`_interleaved.py`), and eight steps of 3 GB each would not.
+STEPS_SHARE = {("qwen2.5-1.5b", "bf16"): 2}
 # What the bars ask for: only the INT4 group has more than decode.
 PHASES_OF = {"int4": tuple(PHASES), "int8": ("decode",), "bf16": ("decode",)}
 PREFILL_PEERS = ("llamacpp-q4_0", "openvino-q4_0")
@@ -128,7 +127,8 @@ class Measured:
 class Models:
     """Measures groups on demand, each once; with a results file each phase is kept there, and none is measured that it has."""
 
-    def __init__(self, threads: int, passes: int, limit: float, results: Path | None = None, hold: bool = False) -> None:
+    def __init__(self, threads: int, passes: int, limit: float, results: Path | None = None, hold: bool = False, only: str = "") -> None:
+        self.only = only
         self.threads, self.passes, self.limit, self.results, self.hold = threads, passes, limit, results, hold
         kept = json.loads(results.read_text(encoding="utf-8")) if results is not None and results.is_file() else {}
         self._done = {title: Measured.from_json(measured) for title, measured in kept.items()}
@@ -137,7 +137,7 @@ class Models:
         """The measurements of one phase; what its group lacks is measured when it is first asked for."""
         title = f"{shapes} {group} {phase}"
         if title not in self._done:
-            self._measure(shapes, group)
+            self._measure(shapes, group, phase)
         return self._done[title]
 
     def table(self) -> str:
@@ -148,7 +148,8 @@ class Models:
         ]
         return "\n".join([*head, *(row for title, measured in self._done.items() for row in measured.rows(title))])
 
-    def _measure(self, shapes: str, group: str) -> None:
+    def _measure(self, shapes: str, group: str, asked: str) -> None:
+        """Measure `asked`, and the group's other phases whose bars are wanted as well, while its models are loaded."""
         files = {kind: str(model_file(shapes, kind)) for kind in ("bf16", "q4_0", "q8_0")}
         with contextlib.ExitStack() as stack:
             workers: dict[str, Worker] = {}
@@ -161,10 +162,13 @@ class Models:
             holds = self.hold
             for phase in PHASES_OF[group]:
                 title = f"{shapes} {group} {phase}"
-                if title in self._done:
+                if title in self._done or not (phase == asked or f"{shapes}-{group}-{phase}".startswith(self.only)):
                     continue
                 case = {"shapes": shapes, "threads": self.threads, "gguf": files, **PHASES[phase]}
-                self._done[title] = self._phase(workers, case, GROUPS[group], title if holds else "", MAX_DELAYS.get(phase, MAX_DELAY))
+                case["steps"] //= STEPS_SHARE.get((shapes, group), 1)
+                # Only one row of a prompt passes the head: one format of it will do, and a prefill takes seconds.
+                names = tuple(name for name in GROUPS[group] if not (case["prompt"] and name.endswith("head4")))
+                self._done[title] = self._phase(workers, case, names, title if holds else "")
                 holds = False
                 print("\n".join(self._done[title].lines(title)), flush=True)
                 self._keep()
@@ -175,7 +179,7 @@ class Models:
             text = json.dumps({title: done.to_json() for title, done in self._done.items()}, indent=1)
             self.results.write_text(text + "\n", encoding="utf-8")
 
-    def _phase(self, workers: dict[str, Worker], case: dict[str, Any], names: tuple[str, ...], wait: str, max_delay: float) -> Measured:
+    def _phase(self, workers: dict[str, Worker], case: dict[str, Any], names: tuple[str, ...], wait: str) -> Measured:
         from fewbit import _native
 
         found, reasons = [], {}
@@ -192,7 +196,7 @@ class Models:
         if wait:
             print(f"{wait}: set up, waiting for a line", flush=True)
             sys.stdin.readline()
-        series = interleave(found, passes=self.passes, limit_seconds=self.limit, max_delay=max_delay)
+        series = interleave(found, passes=self.passes, limit_seconds=self.limit)
         rates = [_GIB / median for read in reads if (median := _median(series.pop(read))) is not None]
         for worker in workers.values():
             worker.ask(op="drop")
@@ -295,7 +299,7 @@ def main() -> int:
             for kind in ("bf16", "q4_0", "q8_0"):
                 print(model_file(shapes, kind))
         return 0
-    models = Models(arguments.threads, arguments.passes, arguments.limit, arguments.results, arguments.hold)
+    models = Models(arguments.threads, arguments.passes, arguments.limit, arguments.results, arguments.hold, arguments.only)
     if arguments.table:
         print(models.table())
         return 0

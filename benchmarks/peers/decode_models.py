@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from fewbit.models.shapes import shapes_config
 
@@ -80,7 +80,9 @@ def _write(path: Path, config: Any) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([f"t{index}" for index in range(config.vocab_size)])
-    writer.add_token_types([1] * config.vocab_size)
+    # The two special words are marked as such: without any OpenVINO's tokenizer does not compile ("ReadValue contains dead weak ptr").
+    special, normal = TokenType.CONTROL, TokenType.NORMAL
+    writer.add_token_types([special, special, *[normal] * (config.vocab_size - 2)])
     writer.add_token_merges(["t 0", "t 1"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
