@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,7 +46,7 @@ def test_the_fastest_that_can(scheme, kernel):
     else:
         (only,) = selection.passed_over
         assert only.kernel == "any fused kernel"
-        assert "none runs a weight in" in only.reason and "cpu-int4-exact" in only.reason
+        assert "none runs a weight in" in only.reason and "only triton-w8a8 on cuda" in only.reason
 
 
 @pytest.mark.parametrize("scheme", [scheme.name for scheme in SCHEMES.values()])
@@ -83,7 +85,15 @@ def test_strict_refuses_a_fallback_with_the_reason() -> None:
 
 
 def test_strict_accepts_a_format_that_has_no_fused_kernel() -> None:
-    assert select(request_for("FP8"), strict=True).kernel.name == "reference"
+    request = request_for("MXFP4")
+    inputs = replace(request, input_activations=request.weights)
+    assert select(inputs, strict=True).kernel.name == "reference"
+
+
+def test_strict_refuses_fp8_inputs_on_a_cpu_where_only_gpus_have_a_fused_kernel() -> None:
+    assert select(request_for("FP8")).kernel.name == "reference"
+    with pytest.raises(KernelError, match=r"inputs in FP8_E4M3.*unfused kernel 'reference' \(triton-w8a8: "):
+        select(request_for("FP8"), strict=True)
 
 
 def test_nothing_runs() -> None:

@@ -48,7 +48,8 @@ def select(request: KernelRequest, *, prefer: str | None = None, strict: bool = 
     Args:
         request: format, shape, device and dtype of the linear.
         prefer: a kernel's name; or `unfused`, the best kernel that materializes the dequantized weight; None for the best of all.
-        strict: an unfused kernel is an error when fewbit has a fused one for the format. A kernel that `prefer` asks for is no fallback.
+        strict: an unfused kernel is an error when fewbit has a fused one for the format, on this or another kind of device: FP8 inputs
+            times FP8 weights on a CPU, for instance. A kernel that `prefer` asks for is no fallback.
 
     Raises:
         UsageError: `prefer` names no kernel.
@@ -63,7 +64,7 @@ def select(request: KernelRequest, *, prefer: str | None = None, strict: bool = 
         if reason is None:
             faster = tuple(_above(kernel, passed_over, request, ranked))
             if strict and prefer is None and not kernel.fused:
-                _refuse_fallback(kernel, request, faster, ranked)
+                _refuse_fallback(kernel, request, passed_over, ranked)
             return Selection(kernel, faster)
         passed_over.append(PassedOver(kernel.name, reason))
     reasons = "; ".join(f"{p.kernel}: {p.reason}" for p in passed_over if not p.reason.startswith("not asked for"))
@@ -85,15 +86,19 @@ def _above(chosen: Kernel, passed_over: list[PassedOver], request: KernelRequest
     kind = request.device.partition(":")[0]
     faster = {k.name for k in kernels if k.priority > chosen.priority and kind in k.devices and k.refuse_format(request) is None}
     if not faster and not chosen.fused:
+        elsewhere = ", ".join(f"{k.name} on {'/'.join(k.devices)}" for k in kernels if k.fused and k.refuse_format(request) is None)
         others = ", ".join(kernel.name for kernel in kernels if kernel.priority > chosen.priority and kind in kernel.devices)
-        return [PassedOver("any fused kernel", f"none runs {_describe_formats(request)} here yet (there are {others})")]
+        known = f"only {elsewhere}" if elsewhere else f"there are {others}"
+        return [PassedOver("any fused kernel", f"none runs {_describe_formats(request)} on {kind} ({known})")]
     return [entry for entry in passed_over if entry.kernel in faster]
 
 
-def _refuse_fallback(chosen: Kernel, request: KernelRequest, passed_over: tuple[PassedOver, ...], kernels: list[Kernel]) -> None:
-    """Raise when a fused kernel exists for the format but cannot run here."""
-    made_for_it = {kernel.name for kernel in kernels if kernel.fused and kernel.refuse_format(request) is None}
-    reasons = [f"{entry.kernel}: {entry.reason}" for entry in passed_over if entry.kernel in made_for_it]
+def _refuse_fallback(chosen: Kernel, request: KernelRequest, passed_over: list[PassedOver], kernels: list[Kernel]) -> None:
+    """Raise when a fused kernel exists for the format but cannot run here; kernels for other devices are named when no other is left."""
+    kind = request.device.partition(":")[0]
+    made_for_it = {kernel.name: kind in kernel.devices for kernel in kernels if kernel.fused and kernel.refuse_format(request) is None}
+    here = any(made_for_it.values())
+    reasons = [f"{entry.kernel}: {entry.reason}" for entry in passed_over if made_for_it.get(entry.kernel) is here]
     if reasons:
         raise KernelError(
             f"{_describe(request)} would fall back to the unfused kernel '{chosen.name}' ({'; '.join(reasons)})",

@@ -34,7 +34,7 @@ class ReferenceKernel(Kernel):
     """Dequantize the whole weight, then F.linear."""
 
     name = "reference"
-    description = "dequantizes the whole weight to memory, then torch F.linear"
+    description = "dequantizes the whole weight to memory, then torch F.linear; on a CPU the only one for FP8 inputs"
     fused = False
     priority = 0
 
