@@ -38,6 +38,7 @@ from fewbit.errors import MeasurementError
 from fewbit.evaluate.protocols import Windows
 from fewbit.evaluate.statistics import clustered_mean, transform
 from fewbit.formats.spec import Scheme
+from fewbit.kernels.high_precision import fastest_path
 from fewbit.results import Interval, NoiseFloor, QualityResult
 
 __all__ = ["EvaluableModel", "Progress", "Reference", "bits_per_byte", "evaluate_quality", "noise_floor", "perplexity"]
@@ -210,7 +211,8 @@ def _device(loaded: EvaluableModel) -> torch.device:
 @torch.inference_mode()
 def _one_pass(loaded: EvaluableModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits [windows, tokens, vocabulary] of ids [windows, tokens], without a cache."""
-    logits: torch.Tensor = loaded.model(input_ids=ids.to(_device(loaded)), use_cache=False).logits
+    with fastest_path(ids.numel(), _device(loaded)):
+        logits: torch.Tensor = loaded.model(input_ids=ids.to(_device(loaded)), use_cache=False).logits
     return logits
 
 
@@ -224,7 +226,8 @@ def _through_cache(loaded: EvaluableModel, ids: torch.Tensor) -> torch.Tensor:
     parts = []
     for start in range(0, ids.shape[1], length):
         chunk = ids[:, start : start + length]
-        parts.append(loaded.model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
+        with fastest_path(chunk.numel(), chunk.device):
+            parts.append(loaded.model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
     return torch.cat(parts, dim=1)
 
 

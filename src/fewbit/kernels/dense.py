@@ -1,7 +1,7 @@
-"""The matmul of an unquantized weight: torch's own F.linear.
+"""The matmul of an unquantized weight: torch's own.
 
-It is the baseline that every quantized kernel is compared with, so it has to be a good one: single-token steps take the faster of torch's
-two paths (`kernels.gemv`). Resident: the weight itself, [out, in], 2 bytes each in BF16. At M = 1 it reads all of them once and does two
+It is the baseline that every quantized kernel is compared with, so it has to be a good one and takes the fastest of torch's paths
+(`kernels.high_precision`). Resident: the weight itself, [out, in], 2 bytes each in BF16. At M = 1 it reads all of them once and does two
 operations per weight: bandwidth-bound.
 
 The decode engine cannot call torch from its threads; it gets fewbit's own product over the same memory (src/native/cpu/dense.hpp).
@@ -18,6 +18,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
 from fewbit.kernels.cpu.extension import native
+from fewbit.kernels.high_precision import linear
 
 if TYPE_CHECKING:
     from fewbit._native import Linear
@@ -26,10 +27,12 @@ __all__ = ["DenseKernel"]
 
 
 class DenseKernel(Kernel):
-    """F.linear over the weight in high precision."""
+    """torch's product with the weight in high precision."""
 
     name = "dense"
-    description = "high-precision weight, torch F.linear; single tokens by torch's own GEMV on CPUs with AVX-512, else oneDNN"
+    description = (
+        "high-precision weight, torch F.linear; on CPUs one token by its GEMV (AVX-512), 32 and more in FP32 where BF16 is emulated"
+    )
     fused = True
     priority = 0  # what an unquantized weight gets when nothing better is there
 
@@ -50,7 +53,7 @@ class DenseKernel(Kernel):
         return {"weight": weight.detach().to(device=request.device, dtype=request.dtype)}
 
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
-        return torch.nn.functional.linear(x, packed["weight"], bias)
+        return linear(x, packed["weight"], bias)
 
     def native(self, packed: Mapping[str, torch.Tensor], request: KernelRequest) -> Linear | None:
         weight = packed["weight"]

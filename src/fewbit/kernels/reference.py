@@ -26,6 +26,7 @@ from fewbit.formats.quantize import dequantize, fake_quantize
 from fewbit.formats.static import fake_quantize_static
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
+from fewbit.kernels.high_precision import linear
 
 __all__ = ["ReferenceKernel"]
 
@@ -65,7 +66,7 @@ class ReferenceKernel(Kernel):
     def apply(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], bias: torch.Tensor | None, request: KernelRequest) -> torch.Tensor:
         weight = self.unpack(packed, request)
         if request.input_activations is None:
-            return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+            return linear(x, dequantize(weight, x.dtype), bias)
         inputs, static = request.input_activations, packed.get("input_scale")
         rounded = fake_quantize(x.float(), inputs) if static is None else fake_quantize_static(x.float(), static, inputs)
         y = torch.nn.functional.linear(rounded, dequantize(weight))

@@ -23,6 +23,7 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.formats.tensor import QuantizedTensor
 from fewbit.kernels.base import Kernel, KernelRequest
+from fewbit.kernels.high_precision import linear
 from fewbit.kernels.torch_ops import aligned, missing_ops
 
 __all__ = ["TorchInt8Pack"]
@@ -85,5 +86,5 @@ def _multiply_tiles(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) 
     y = x.new_empty(x.shape[0], values.shape[0])
     for start in range(0, values.shape[0], _TILE):
         tile = slice(start, start + _TILE)
-        y[:, tile] = torch.nn.functional.linear(x, values[tile].to(x.dtype).mul_(scale[tile, None]))
+        y[:, tile] = linear(x, values[tile].to(x.dtype).mul_(scale[tile, None]))
     return y

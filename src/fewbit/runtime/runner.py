@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fewbit.errors import KernelError, UsageError
-from fewbit.kernels.gemv import single_token
+from fewbit.kernels.high_precision import fastest_path
 from fewbit.runtime.engine import Engine, EngineCache, engine_refusal
 from fewbit.runtime.gpu_engine import GpuCache, GpuEngine
 from fewbit.runtime.gpu_model import GpuModel, gpu_engine_refusal, model_of
@@ -51,7 +51,8 @@ def prefill(loaded: LoadedModel, input_ids: torch.Tensor, cache: KVCache) -> tor
     """
     # An index, not `1`: the slice that transformers takes for a number is not contiguous, and torch then copies the whole head for one row.
     last = torch.tensor([input_ids.shape[1] - 1], device=loaded.model.device)
-    output = loaded.model(input_ids=input_ids.to(loaded.model.device), past_key_values=cache, use_cache=True, logits_to_keep=last)
+    with fastest_path(input_ids.numel(), loaded.model.device):
+        output = loaded.model(input_ids=input_ids.to(loaded.model.device), past_key_values=cache, use_cache=True, logits_to_keep=last)
     logits: torch.Tensor = output.logits[:, -1]
     return logits
 
@@ -66,7 +67,7 @@ def decode_step(loaded: LoadedModel, token: torch.Tensor, cache: KVCache) -> tor
     Returns:
         Logits, [batch, vocabulary], in the model's dtype.
     """
-    with single_token(token.shape[0], loaded.model.device):
+    with fastest_path(token.shape[0], loaded.model.device):
         output = loaded.model(input_ids=token.to(loaded.model.device), past_key_values=cache, use_cache=True)
     logits: torch.Tensor = output.logits[:, -1]
     return logits
