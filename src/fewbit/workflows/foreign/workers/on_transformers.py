@@ -6,6 +6,7 @@ The quantizer that loads a layout is transformers' own (compressed-tensors, GPTQ
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ PACKAGES = ("transformers", "torch", "compressed-tensors", "gptqmodel", "bitsand
 
 def prepare() -> None:
     """Import what takes long, once for all checkpoints: transformers itself imports with the first use, four times as long as alone."""
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # gptqmodel would compile every linear, minutes for a model that is asked for a second
     import torch
 
     torch.set_num_threads(1)  # threads do not survive the fork; so gptqmodel, which starts some, is left to the child that needs it
