@@ -4,8 +4,8 @@
     y[m, n] = s_x[m] * scale[n] * sum_k q_x[m, k] * q_w[n, k]                           integer products, 32-bit sums
 
 AVX-512 VNNI multiplies unsigned by signed bytes. So the activations go in as u = q_x + 128 with zero point 128, which is the same numbers
-and oneDNN's fast path; signed activations take its reference loop here, about a thousand times slower (1.7 s against 1.8 ms at 8960 x 1536,
-M = 1, torch 2.13). `_int_mm` gives the same sums but repacks the weight at every call.
+and oneDNN's fast path; signed activations take its reference loop here (torch 2.13), slower by orders of magnitude. `_int_mm` gives the
+same sums but repacks the weight at every call.
 
 **Outlier columns** (LLM.int8(), arXiv 2208.07339: columns in which any |x| exceeds a threshold stay in 16 bit). The paper multiplies them
 with their columns of the weight in FP16. oneDNN's blocked weight has no columns to take, and a second copy would cost the memory that
