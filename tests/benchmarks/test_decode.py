@@ -81,3 +81,10 @@ def test_every_bar_has_its_phase() -> None:
         with contextlib.suppress(NotMeasuredError):
             bar.value()
     assert asked == {(group, phase) for group, phases in decode.PHASES_OF.items() for phase in phases}
+
+
+def test_a_pass_counts_by_what_it_waited_and_one_of_seconds_may_wait_longer():
+    series = Series()
+    for seconds, delay in ((0.5, 0.005), (0.5, 0.05), (2.0, 0.2), (2.0, 0.4)):
+        series.add({"seconds": seconds, "delay": delay})
+    assert series.kept == [0.5, 2.0] and series.dropped == 2 and series.fastest == 0.5
