@@ -47,7 +47,7 @@ TASK = {
     "doc_to_text": "{{context}}",
     "doc_to_target": "{{target}}",
     "target_delimiter": "",
-    "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],  # its perplexity would be that of a document
 }
 
 
@@ -59,6 +59,7 @@ class Serving:
     evaluated: str
     answers: dict[str, str] = field(default_factory=dict)
     losses: tuple[float, int] | None = None
+    missing: str = "lm-eval was not run"
     own: Any = None
 
     def checkpoint(self, name: str) -> Path:
@@ -94,7 +95,10 @@ class Serving:
                 self.answers[name] = json.load(reply)["choices"][0]["text"]
             print(f"{name}: 'import ' -> {self.answers[name]!r}", file=sys.stderr)
             if name == self.evaluated:
-                self.losses = self.lm_eval(plan.url, plan.model)
+                try:
+                    self.losses = self.lm_eval(plan.url, plan.model)
+                except NotMeasuredError as error:  # the server's answer stands
+                    self.missing = str(error)
             done.set()
             raise KeyboardInterrupt
 
@@ -172,7 +176,7 @@ class Serving:
 
         self.answer(self.evaluated)
         if self.losses is None:
-            raise NotMeasuredError("lm-eval was not run")
+            raise NotMeasuredError(self.missing)
         files = []
         for index, (context, target) in enumerate(self.documents()):
             files.append(self.folder / f"document-{index:03d}.txt")

@@ -50,7 +50,7 @@ _EPS = {"float32": 2.0**-18, "float16": 2.0**-10, "bfloat16": 2.0**-8}  # float3
 _DTYPES = {"transformers": "float32", "vllm": "bfloat16", "llama.cpp": "float32", "openvino": "float32"}
 _PLUGINS = {"transformers": ("fewbit",), "vllm": ("fewbit.runtime.vllm_plugin:register",)}
 _KV_FP8 = get_scheme("KV-FP8")
-_HALF_KINDS = ("gptq", "awq", "bnb", "ct-nvfp4", "ct-mxfp4")  # kernels of gptqmodel, bitsandbytes and for FP4 that compute in 16 bits only
+_HALF_KINDS = ("gptq", "awq", "bnb", "torchao-fp8wo", "torchao-intx4", "ct-nvfp4", "ct-mxfp4")  # kernels that compute in 16 bits only
 
 
 def _imports(subject: Subject, runtime: Runtime) -> tuple[str, ...]:
