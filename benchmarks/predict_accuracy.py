@@ -4,7 +4,8 @@ For each device, the priors of its family are fitted without it; then the device
 4-bit decode times are predicted and compared with the published ones. Beside it two baselines that use the same 16-bit time:
 
     byte ratio            t = t16 * bytes / bytes16
-    constant overhead     t = t16 - (bytes16 - bytes) / (0.93 * bandwidth): what remains of the 16-bit step at 93 % of the bandwidth stays
+    constant overhead     t = t16 - (bytes16 - bytes) / (0.93 * bandwidth): what remains of the 16-bit step at 93 % of the bandwidth stays;
+                          only where the bandwidth is known
 
     python benchmarks/predict_accuracy.py [--data FILE] [--devices] [--json FILE]
     python benchmarks/predict_accuracy.py --write-priors        # src/fewbit/predict/priors.toml from all devices
@@ -157,7 +158,7 @@ def _coverage(errors: Callable[[], list[Error]]) -> float:
 
 def print_tables(errors: Sequence[Error], *, devices: bool) -> None:
     """The distribution of errors per class and width, baselines beside it; per device with `devices`."""
-    print("class       bits set    rows devices  median%   p90%  inside%   byte ratio%  constant overhead%")
+    print("class       bits set    rows devices  median%   p90%  inside%   byte ratio%  constant overhead% (rows, ours there)")
     for device_class in dict.fromkeys(_CLASSES.values()):
         for bits in sorted({e.bits for e in errors}, reverse=True):
             for sweeps in (False, True):
@@ -191,7 +192,9 @@ def _line(name: str, chosen: Sequence[Error]) -> str:
     constant = [e.percent(e.constant_ms) for e in chosen if e.constant_ms]
     inside = 100 * sum(e.inside for e in chosen) / len(chosen)
     devices = len({e.group.observed.device for e in chosen})
+    there = [e.percent() for e in chosen if e.constant_ms]
     beside = f"{median(e.percent(e.byte_ratio_ms) for e in chosen):12.1f}  {median(constant) if constant else math.nan:18.1f}"
+    beside += f" ({len(constant)}, {median(there):.1f})" if there else ""
     return f"{name} {len(chosen):5d} {devices:7d}  {median(own):7.1f}  {np.quantile(own, 0.9):5.1f}  {inside:7.0f}  {beside}"
 
 

@@ -249,13 +249,15 @@ def print_table(steps: Sequence[Step]) -> None:
 
 def print_summary(steps: Sequence[Step]) -> None:
     """Errors by model and batch, a table for BENCHMARKS.md."""
-    print("\n| model | batch | median error of INT8 and INT4 | largest | ms measured / predicted at 1,024 tokens: BF16, INT8, INT4 |")
-    print("| --- | --- | --- | --- | --- |")
-    for model, batch in dict.fromkeys((step.model, step.point.batch) for step in steps):
-        here = [step for step in steps if (step.model, step.point.batch) == (model, batch)]
+    print(
+        "\n| model | kernels | batch | median error of INT8 and INT4 | largest | ms measured / predicted at 1,024 tokens: BF16, INT8, INT4 |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    for model, compute, batch in dict.fromkeys((step.model, step.compute, step.point.batch) for step in steps):
+        here = [step for step in steps if (step.model, step.compute, step.point.batch) == (model, compute, batch)]
         errors = [step.error for step in here if step.point.scheme != "BF16"]
         times = [f"{step.measured:.0f} / {step.predicted:.0f}" for step in here if step.point.context == 1024]
-        print(f"| {model} | {batch} | {median(errors):.1f} % | {max(errors):.1f} % | {', '.join(times)} |")
+        print(f"| {model} | {compute} | {batch} | {median(errors):.1f} % | {max(errors):.1f} % | {', '.join(times)} |")
     print()
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,52 @@ from fewbit.decide.scene import scene_of
 from fewbit.decide.workload import Workload, get_workload
 from fewbit.errors import OutputError
 from fewbit.models.inventory_sources import read_inventory
-from fewbit.predict.hardware import get_hardware
+from fewbit.predict.hardware import Hardware, get_hardware, measured_hardware
 from fewbit.report.decide_page import render_decide_page, write_decide
+from fewbit.results import AttentionRate, EngineRates, KernelRate, MachineResult
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
-CASES = (("llama-3-8b", "h100-sxm"), (str(CONFIGS / "gemma-3-27b.json"), "rtx-4090"), ("mixtral-8x7b", "m2-ultra"))
+MEASURED = "a measured machine"
+CASES = (
+    ("llama-3-8b", "h100-sxm"),
+    (str(CONFIGS / "gemma-3-27b.json"), "rtx-4090"),
+    ("mixtral-8x7b", "m2-ultra"),
+    ("qwen2.5-1.5b", MEASURED),
+)
+
+
+def _measured() -> Hardware:
+    """With rates of kernels at two widths of a matrix, as `fewbit bench --machine` has them, and of attention over two head dimensions."""
+    tokens = [1, 8, 64]
+
+    def kernel(scheme: str, bits: float, memory_ps: float, row_ps: float) -> list[KernelRate]:
+        widths = ((1152, 1.1), (4608, 1.0))
+        return [KernelRate(scheme, "exact", scheme, bits, k, tokens, [f * max(memory_ps, row_ps * m) for m in tokens]) for k, f in widths]
+
+    rates = EngineRates(
+        read_bandwidth_gb_s=20.0,
+        threads=2,
+        kernels=[*kernel("BF16", 16.0, 110.0, 20.0), *kernel("W8A16", 8.0, 55.0, 13.0), *kernel("W4A16", 4.125, 30.0, 15.0)],
+        attention=[
+            AttentionRate(phase, cache, dim, group, ns * dim * group**0.5)
+            for phase, cache, ns in (("decode", "BF16", 0.6), ("decode", "KV-INT8", 0.9), ("prefill", "BF16", 0.4))
+            for dim in (64, 128)
+            for group in ((1, 8) if cache == "BF16" else (1,))
+        ],
+        operator_us=1.5,
+        ns_per_activation=0.5,
+    )
+    return measured_hardware(MachineResult(20.0, "test", 60.0, "bfloat16", 1.0, rates), 24 << 30)
+
+
+def _hardware(name: str, bandwidth: float | None = None) -> Hardware:
+    if name != MEASURED:
+        return get_hardware(name, bandwidth_gb_s=bandwidth)
+    return replace(_measured(), bandwidth_gb_s=bandwidth or _measured().bandwidth_gb_s)
 
 
 def _situation(model: str, hardware: str, workload: Workload, bandwidth: float | None = None) -> Situation:
-    return situation_of(read_inventory(model), model, get_hardware(hardware, bandwidth_gb_s=bandwidth), workload)
+    return situation_of(read_inventory(model), model, _hardware(hardware, bandwidth), workload)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +149,7 @@ class TestInChromium:
                 browser.evaluate(_move(name, value))
             model, hardware = CASES[index]
             workload = Workload("moved", 2**batch, 2**prompt, 2**answer, goal)
-            cell = decide_cell(_situation(model, hardware, workload, get_hardware(hardware).bandwidth_gb_s * 2**factor))
+            cell = decide_cell(_situation(model, hardware, workload, _hardware(hardware).bandwidth_gb_s * 2**factor))
             _compare(browser.evaluate(_READ), cell, str(moves))
 
     def test_the_choice_follows_the_controls(self, browser: Any, page: Path) -> None:
@@ -152,6 +190,8 @@ def _positions() -> Iterator[tuple[int, int, int, int, float, Any]]:
     yield 1, 0, 12, 7, 0.0, "throughput"
     yield 2, 4, 10, 8, 1.0, "throughput"
     yield 2, 1, 7, 5, -2.0, "latency"
+    yield 3, 0, 9, 7, 0.0, "latency"
+    yield 3, 4, 6, 5, -1.0, "throughput"
 
 
 def _compare(shown: dict[str, Any], cell: Cell, where: str) -> None:

@@ -2,12 +2,13 @@
 
 The page computes what `predict.step`, `decide.timing`, `decide.memory` and `decide.choose` compute, from these numbers alone; a test moves
 its controls in a browser and compares with this package. What depends on nothing that can be moved (bytes of a weight, losses, what runs
-where) is computed here and only carried over. A machine whose kernels were measured is timed by tables of their rates
-(`predict.rates`), which the page does not have: it shows the decision and its figures, and does not decide again.
+where) is computed here and only carried over. Of a machine whose kernels were measured (`predict.rates`), the tables of those kernels go
+along that its candidates run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from fewbit.models.inventory import Inventory
 from fewbit.predict.calibration import Z90
 from fewbit.predict.efficiency import FACTORS
 from fewbit.predict.prediction import StepPoint
-from fewbit.predict.step import GEMV_ROWS, UNPACK_OPERATIONS, UNPACK_ROWS, choose_path, compute_format, step_work
+from fewbit.predict.rates import LEAST_SHARE, Rates
+from fewbit.predict.step import ACTIVATION_BYTES, GEMV_ROWS, UNPACK_OPERATIONS, UNPACK_ROWS, choose_path, compute_format, step_work
 
 __all__ = ["SCENE_CONSTANTS", "scene_of"]
 
@@ -36,6 +38,8 @@ SCENE_CONSTANTS: dict[str, Any] = {
     "unpackOperations": UNPACK_OPERATIONS,
     "unpackRows": UNPACK_ROWS,
     "gemvRows": GEMV_ROWS,
+    "leastShare": LEAST_SHARE,
+    "activationBytes": ACTIVATION_BYTES,
     "factors": list(FACTORS),
 }
 
@@ -50,7 +54,7 @@ def scene_of(situation: Situation) -> dict[str, Any]:
     caches = dict.fromkeys(option.cached.name if option.cached else "BF16" for option in options)
     return {
         "model": inventory.name,
-        "explorable": hardware.rates is None,
+        "rates": None if hardware.rates is None else _rates(hardware.rates, situation, options, list(caches)),
         "label": hardware.label,
         "bandwidth": hardware.bandwidth_gb_s,
         "dense": dict(hardware.dense_tflop_s),
@@ -75,7 +79,7 @@ def scene_of(situation: Situation) -> dict[str, Any]:
         "depth": outline.depth,
         "operators": outline.operators,
         "heads": outline.heads,
-        "kv": [{"layers": kv.layers, "headDim": kv.head_dim, "window": kv.window} for kv in inventory.kv],
+        "kv": [{"layers": kv.layers, "heads": kv.heads, "headDim": kv.head_dim, "window": kv.window} for kv in inventory.kv],
         "caches": {name: _cache(inventory, name) for name in caches},
         "workspacePerToken": per_token,
         "workspacePerSequence": one - per_token,
@@ -89,6 +93,31 @@ def scene_of(situation: Situation) -> dict[str, Any]:
             "maxMsPerToken": workload.limits.max_ms_per_token,
             "maxTtftMs": workload.limits.max_ttft_ms,
         },
+    }
+
+
+def _rates(rates: Rates, situation: Situation, options: Sequence[Option], caches: Sequence[str]) -> dict[str, Any]:
+    """Picoseconds per weight of every kernel that may run, and nanoseconds per cached token of attention in each class of layers."""
+    kernels = {}
+    for name in dict.fromkeys(["BF16", *(option.scheme.name for option in options)]):
+        found = rates.kernel(name)
+        if found:
+            kernels[name] = {
+                "bits": found[0].bits,
+                "peak": rates.peak_tera(found),
+                "measured": [{"columns": one.columns, "tokens": one.tokens, "ps": one.ps_per_weight} for one in reversed(found)],
+            }
+    heads, classes = situation.outline.heads, situation.inventory.kv
+    attention = {}
+    for phase in ("prefill", "decode"):
+        for cache in caches:
+            times = [rates.attention_ns(phase, cache.upper(), kv.head_dim, heads / kv.heads) for kv in classes]
+            attention[f"{phase} {cache}"] = None if None in times else times
+    return {
+        "bandwidth": rates.measured.read_bandwidth_gb_s,
+        "nsPerActivation": rates.ns_per_activation,
+        "kernels": kernels,
+        "attention": attention,
     }
 
 

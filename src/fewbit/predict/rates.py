@@ -24,10 +24,10 @@ import numpy as np
 from fewbit.formats.spec import get_scheme
 from fewbit.results import AttentionRate, EngineRates, KernelRate
 
-__all__ = ["Rates"]
+__all__ = ["LEAST_SHARE", "Rates"]
 
 _BASELINE = "BF16"
-_LEAST_SHARE = 0.8  # of the fastest measured time, for columns beyond the measured ones
+LEAST_SHARE = 0.8  # of the fastest measured time, for columns beyond the measured ones
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Rates:
         """
         points = [(1.0 / rate.columns, _interpolated(rate.tokens, rate.ps_per_weight, tokens)) for rate in reversed(rates)]
         least = min(ps for _, ps in points)
-        whole = points[0][1] if len(points) == 1 else max(_line(points, 1.0 / columns), _LEAST_SHARE * least)
+        whole = points[0][1] if len(points) == 1 else max(_line(points, 1.0 / columns), LEAST_SHARE * least)
         memory = min(rates[0].bits / 8 * 1e3 / self.measured.read_bandwidth_gb_s, whole)
         return memory, math.sqrt(whole**2 - memory**2)
 

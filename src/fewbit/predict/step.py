@@ -36,12 +36,12 @@ from fewbit.predict.outline import LinearGroup, Outline
 from fewbit.predict.prediction import KernelPath, StepPoint, Term
 from fewbit.results import Bound
 
-__all__ = ["StepTime", "Work", "cache_scheme", "choose_path", "compute_format", "format_name", "step_time", "step_work"]
+__all__ = ["ACTIVATION_BYTES", "StepTime", "Work", "cache_scheme", "choose_path", "compute_format", "format_name", "step_time", "step_work"]
 
 UNPACK_OPERATIONS = 4  # FP32 operations in whose time one weight is shifted, masked, converted and scaled
 UNPACK_ROWS = 64  # rows of activations that share one unpacked weight before the next block unpacks it again
 GEMV_ROWS = 4  # up to so many rows a matrix-vector kernel runs, which unpacks while it waits for memory
-_ACTIVATION_BYTES = 2
+ACTIVATION_BYTES = 2
 _ROUTED_FORMATS = {"fp4_e2m1": "fp4", "fp8_e4m3": "fp8", "int8": "int8", "int4": "int4"}
 
 
@@ -201,7 +201,7 @@ def _linear_work(group: LinearGroup, scheme: Scheme, path: KernelPath, tokens: i
     return Work(
         name=group.name,
         weight_bytes=packed,
-        activation_bytes=_ACTIVATION_BYTES * rows * (group.rows + group.columns),
+        activation_bytes=ACTIVATION_BYTES * rows * (group.rows + group.columns),
         copy_bytes=copies,
         operations=2.0 * group.weights * rows,
         bits=8.0 * packed / (group.weights * read),
@@ -323,7 +323,7 @@ def _by_rates(one: Work, hardware: Hardware, factors: Factors) -> _Parts | None:
     speed = _read_speed(one.bits, factors)
     compute = factors.compute * (factors.native if one.number_format != "bf16" else 1.0)
     moving, computing = one.weights * memory / 1e9 / speed / factors.memory, one.weights * rest / 1e9 / speed / compute
-    between = one.activation_bytes / _ACTIVATION_BYTES * rates.ns_per_activation / 1e6
+    between = one.activation_bytes / ACTIVATION_BYTES * rates.ns_per_activation / 1e6
     copying = one.copy_bytes / (factors.copy * bandwidth)
     busy = math.hypot(moving, computing)
     text = f"hypot({moving:.4g} ms memory, {computing:.4g} ms compute) of {kernel[0].kernel} + {between + copying:.4g} ms passes"

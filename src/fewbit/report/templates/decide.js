@@ -1,6 +1,6 @@
 "use strict";
-// The decision again, for whatever the controls say: the same equations as fewbit.predict.step, fewbit.decide.timing, memory and choose,
-// on the numbers of the scene. Times in milliseconds.
+// The decision again, for whatever the controls say: the same equations as fewbit.predict.step and rates, fewbit.decide.timing, memory and
+// choose, on the numbers of the scene. Times in milliseconds.
 const pageData = JSON.parse(document.getElementById("scene").textContent);
 const C = pageData.constants;
 
@@ -24,6 +24,7 @@ function linearWork(cell, option, index, tokens) {
     format: path === "native" ? option.format : "bf16",
     unpacked: path === "fused" && tokens > C.gemvRows ? weights * read * Math.ceil(tokens / C.unpackRows) : 0,
     operators: group.launches * (path === "unfused" ? 2 : 1),
+    weights: weights * read, columns: group.columns, kernel: path === "fused" || path === "native" ? option.weights : "BF16",
   };
 }
 
@@ -47,8 +48,9 @@ function stepWork(cell, option, phase, batch, context) {
   if (cell.kv.length) {
     const [fresh, before] = phase === "prefill" ? [context, 0] : [1, context];
     const operations = cell.kv.reduce((sum, kv) => sum + 4 * kv.layers * cell.heads * kv.headDim * seen(fresh, before, kv.window), 0);
+    const units = cell.kv.map(kv => batch * kv.layers * kv.heads * seen(fresh, before, kv.window));
     works.push({
-      attention: true, weight: 0, activation: 0, copy: 0, cache: batch * cacheBytes(cell, option.cache, before + fresh),
+      attention: true, units, rate: `${phase} ${option.cache}`, weight: 0, activation: 0, copy: 0, cache: batch * cacheBytes(cell, option.cache, before + fresh),
       operations: batch * operations, bits: 16, format: "bf16", unpacked: 0, operators: cell.depth,
     });
   }
@@ -68,21 +70,67 @@ function factorsOf(logs) {
   return Object.fromEntries(C.factors.map((name, i) => [name, Math.exp(logs[i])]));
 }
 
+function bySheet(cell, work, f) {
+  const bandwidth = cell.bandwidth * 1e6, peak = (cell.dense[work.format] ?? cell.dense.bf16) * 1e9;
+  const compute = f.compute * (work.format !== "bf16" ? f.native : 1);
+  const moving = work.weight / (f.memory * readSpeed(work.bits, f) * bandwidth) + work.activation / (f.memory * bandwidth)
+    + work.cache / (f.cache * bandwidth);
+  const computing = work.operations / (compute * peak) + work.unpacked * C.unpackOperations / (f.unpack * cell.vector * 1e9);
+  const floor = Math.max((work.weight + work.cache) / bandwidth, work.operations / peak);
+  return { moving, computing, busy: Math.max(moving, computing), copying: work.copy / (f.copy * bandwidth), floor };
+}
+
+// Between neighbouring points [x, y]; beyond them with the slope of the first to the last.
+function line(points, at) {
+  const last = points.length - 1, outside = at < points[0][0] || at > points[last][0];
+  const index = Math.min(Math.max(points.filter(([x]) => x < at).length, 1), last);
+  const [[x0, y0], [x1, y1]] = outside ? [points[0], points[last]] : [points[index - 1], points[index]];
+  return y0 + (y1 - y0) * (at - x0) / (x1 - x0);
+}
+
+// In the logarithms; flat below the first, in proportion beyond the last.
+function interpolated(tokens, times, at) {
+  const last = tokens.length - 1;
+  if (at >= tokens[last]) return times[last] * at / tokens[last];
+  if (at <= tokens[0]) return times[0];
+  return Math.exp(line(tokens.map((count, i) => [Math.log(count), Math.log(times[i])]), Math.log(at)));
+}
+
+// A machine whose kernels were measured: picoseconds per weight of the very kernel, split into memory and the rest.
+function byRates(cell, work, f) {
+  const rates = cell.rates, bandwidth = cell.bandwidth * 1e6;
+  if (!rates) return null;
+  if (work.attention) {
+    const ns = rates.attention[work.rate];
+    if (!ns) return null;
+    const busy = work.units.reduce((sum, units, i) => sum + units * ns[i], 0) / 1e6 / f.cache, moving = work.cache / bandwidth;
+    return { moving, computing: busy > 2 * moving ? busy : 0, busy, copying: 0, floor: moving };
+  }
+  const kernel = work.kernel && rates.kernels[work.kernel];
+  if (!kernel) return null;
+  const tokens = work.operations / (2 * work.weights);
+  const points = kernel.measured.map(one => [1 / one.columns, interpolated(one.tokens, one.ps, tokens)]);
+  const least = Math.min(...points.map(([, ps]) => ps));
+  const whole = points.length === 1 ? points[0][1] : Math.max(line(points, 1 / work.columns), C.leastShare * least);
+  const memory = Math.min(kernel.bits / 8 * 1e3 / rates.bandwidth, whole), rest = Math.sqrt(whole ** 2 - memory ** 2);
+  const speed = readSpeed(work.bits, f), compute = f.compute * (work.format !== "bf16" ? f.native : 1);
+  const moving = work.weights * memory * rates.bandwidth / cell.bandwidth / 1e9 / speed / f.memory;
+  const computing = work.weights * rest / 1e9 / speed / compute;
+  const copying = work.activation / C.activationBytes * rates.nsPerActivation / 1e6 + work.copy / (f.copy * bandwidth);
+  const floor = Math.max(work.weight / bandwidth, work.operations / (kernel.peak * 1e9));
+  return { moving, computing, busy: Math.hypot(moving, computing), copying, floor };
+}
+
 function stepTime(cell, works, f) {
-  const bandwidth = cell.bandwidth * 1e6, shares = { bandwidth: 0, compute: 0, overhead: 0 };
+  const shares = { bandwidth: 0, compute: 0, overhead: 0 };
   let total = 0, floor = 0;
   for (const work of works) {
-    const peak = (cell.dense[work.format] ?? cell.dense.bf16) * 1e9;
-    const compute = f.compute * (work.format !== "bf16" ? f.native : 1);
-    const moving = work.weight / (f.memory * readSpeed(work.bits, f) * bandwidth) + work.activation / (f.memory * bandwidth)
-      + work.cache / (f.cache * bandwidth);
-    const computing = work.operations / (compute * peak) + work.unpacked * C.unpackOperations / (f.unpack * cell.vector * 1e9);
-    const copying = work.copy / (f.copy * bandwidth), launching = work.operators * f.operator_us / 1e3;
-    shares[computing > moving ? "compute" : "bandwidth"] += Math.max(moving, computing);
-    shares.bandwidth += copying;
+    const parts = byRates(cell, work, f) ?? bySheet(cell, work, f), launching = work.operators * f.operator_us / 1e3;
+    shares[parts.computing > parts.moving ? "compute" : "bandwidth"] += parts.busy;
+    shares.bandwidth += parts.copying;
     shares.overhead += launching;
-    floor += Math.max((work.weight + work.cache) / bandwidth, work.operations / peak);
-    total += Math.max(moving, computing) + copying + launching;
+    floor += parts.floor;
+    total += parts.busy + parts.copying + launching;
   }
   return { total, floor, bound: Object.keys(shares).reduce((a, b) => (shares[b] > shares[a] ? b : a)) };
 }
@@ -259,7 +307,7 @@ function reset() {
 }
 
 pageData.scenes.forEach((scene, i) => {
-  if (scene.explorable) control("cell").add(new Option(`${scene.model} on ${scene.label}`, String(i)));
+  control("cell").add(new Option(`${scene.model} on ${scene.label}`, String(i)));
 });
 for (const name of ["batch", "prompt", "answer", "bandwidth", "cache", "goal"]) control(name).addEventListener("input", show);
 control("cell").addEventListener("input", reset);
