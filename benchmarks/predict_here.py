@@ -249,9 +249,7 @@ def print_table(steps: Sequence[Step]) -> None:
 
 def print_summary(steps: Sequence[Step]) -> None:
     """Errors by model and batch, a table for BENCHMARKS.md."""
-    print(
-        "\n| model | kernels | batch | median error of INT8 and INT4 | largest | ms measured / predicted at 1,024 tokens: BF16, INT8, INT4 |"
-    )
+    print("\n| model | kernels | batch | error of INT8 and INT4 | largest | ms measured / predicted at 1,024 tokens: BF16, INT8, INT4 |")
     print("| --- | --- | --- | --- | --- | --- |")
     for model, compute, batch in dict.fromkeys((step.model, step.compute, step.point.batch) for step in steps):
         here = [step for step in steps if (step.model, step.compute, step.point.batch) == (model, compute, batch)]
