@@ -301,3 +301,15 @@ def test_transformers_draws_no_progress_bar(zoo_dir: Callable[[str], Path], tmp_
     with pytest.raises(CheckpointError, match="lacks 1 tensors"):
         load(directory)
     assert capsys.readouterr().err == ""
+
+
+def test_the_heaps_free_pages_go_back_while_and_after_weights_are_packed(monkeypatch):
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    source = RandomSource(config, seed=0)
+    calls = []
+    monkeypatch.setattr("fewbit.runtime.load.trim_heap", lambda: calls.append(1))
+    load_model(source, QuantizationConfig(get_scheme("W4A16-G32")))
+    assert len(calls) == 1
+    monkeypatch.setattr("fewbit.runtime.load._TRIM_BYTES", 64 * 128 * 2)
+    load_model(source, QuantizationConfig(get_scheme("W4A16-G32")))
+    assert len(calls) > 3

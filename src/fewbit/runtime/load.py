@@ -2,7 +2,7 @@
 
     1. build the model that transformers knows, with parameters on the meta device (no memory) and buffers computed
     2. put a QuantLinear in the place of each nn.Linear that is not ignored
-    3. tensor by tensor: read, check, quantize, pack, drop
+    3. tensor by tensor: read, check, quantize, pack, drop; now and then the heap's free pages go back to the system
     4. tie what the model ties
 
 A checkpoint may call the model's parameters otherwise (`models.names`); they are found. Where transformers merges several tensors of the
@@ -42,8 +42,11 @@ from fewbit.results import KernelUse
 from fewbit.runtime.config import QuantizationConfig
 from fewbit.runtime.kv_cache import KVCache
 from fewbit.runtime.linear import QuantLinear, kernel_uses
+from fewbit.walk.heap import trim_heap
 
 __all__ = ["LoadedModel", "check_fits", "load_model"]
+
+_TRIM_BYTES = 1 << 30  # of high-precision weights read: what packing them leaves behind in the heap goes back to the system
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def _load_model(source: TensorSource, config: QuantizationConfig, device: str, d
     if generation_config is not None:
         model.generation_config = generation_config
     notes.extend(_unquantized_notes(model, config))
+    trim_heap()
     return _describe(model, linears, given, config, dtype, parameters, "; ".join(notes))
 
 
@@ -301,7 +305,11 @@ def _stream(
 ) -> None:
     """Read tensor by tensor; a linear's weight is packed and dropped before the next one is read."""
     names, given = set(model.state_dict()), set(source.names())
+    unpacked = 0
     for name in source.names():
+        if unpacked > _TRIM_BYTES:
+            trim_heap()
+            unpacked = 0
         if tied.get(name) in given:
             continue  # a copy of what it is tied to
         target = tied.get(name, name)  # whichever of the tied names the checkpoint has, its tensor becomes the origin
@@ -310,6 +318,7 @@ def _stream(
             layer = linears[prefix]
             with _naming_the_layer(prefix):
                 layer.quant_method.load_weight(layer, _linear_weight(source, prefix, layer))
+            unpacked += layer.out_features * layer.in_features * dtypes.get(target, torch.float32).itemsize
         elif target in names:
             tensor = _checked(source.get(name), name)
             _set(model, target, tensor.to(device=device, dtype=dtypes.get(target, tensor.dtype)))
