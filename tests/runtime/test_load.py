@@ -309,6 +309,9 @@ def test_the_heaps_free_pages_go_back_while_and_after_weights_are_packed(monkeyp
     calls = []
     monkeypatch.setattr("fewbit.runtime.load.trim_heap", lambda: calls.append(1))
     load_model(source, QuantizationConfig(get_scheme("W4A16-G32")))
+    assert not calls  # a small one leaves little
+    monkeypatch.setattr("fewbit.runtime.load._SMALL", 1000)
+    load_model(source, QuantizationConfig(get_scheme("W4A16-G32")))
     assert len(calls) == 1
     monkeypatch.setattr("fewbit.runtime.load._TRIM_BYTES", 64 * 128 * 2)
     load_model(source, QuantizationConfig(get_scheme("W4A16-G32")))

@@ -47,6 +47,7 @@ from fewbit.walk.heap import trim_heap
 __all__ = ["LoadedModel", "check_fits", "load_model"]
 
 _TRIM_BYTES = 1 << 30  # of high-precision weights read: what packing them leaves behind in the heap goes back to the system
+_SMALL = 1 << 25  # parameters: below, a call takes longer than it is worth
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def _load_model(source: TensorSource, config: QuantizationConfig, device: str, d
     if generation_config is not None:
         model.generation_config = generation_config
     notes.extend(_unquantized_notes(model, config))
-    trim_heap()
+    if parameters >= _SMALL:
+        trim_heap()
     return _describe(model, linears, given, config, dtype, parameters, "; ".join(notes))
 
 
