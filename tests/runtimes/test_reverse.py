@@ -52,10 +52,16 @@ def python_of(case: str) -> Path | None:
 
 
 def run(*command: object) -> None:
-    """A tool, in its own environment."""
+    """A tool, in its own environment; what it leaves in its working directory lies beside what it was asked to write."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        [str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800
+        [str(part) for part in command],
+        env=environment,
+        cwd=Path(str(command[-1])).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-2000:]
 
@@ -81,7 +87,7 @@ def in_bitsandbytes_order(source: TensorSource, name: str, directory: Path) -> t
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = os.environ.get("FEWBIT_MADE")
-    return Path(kept) if kept else tmp_path_factory.mktemp("made")
+    return Path(kept).absolute() if kept else tmp_path_factory.mktemp("made")
 
 
 @pytest.mark.parametrize("case", CASES)

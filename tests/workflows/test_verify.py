@@ -109,6 +109,7 @@ def test_an_unknown_runtime_is_refused(w4: Path) -> None:
         ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "gptq-4-act"),
         ({"quant_method": "gptq", "bits": 8}, "gptq-8"),
         ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq-4"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "autoround-4"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bnb-nf4"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bnb-int8"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt-fp8"),

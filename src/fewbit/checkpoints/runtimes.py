@@ -216,6 +216,7 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "awq": lambda fields: f"awq-{int(fields['bits'])}",
+    "auto-round": lambda fields: f"autoround-{int(fields['bits'])}",
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
     "modelopt": _modelopt,
