@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -205,6 +206,17 @@ def test_arguments_that_cannot_be_meant(
 ) -> None:
     with pytest.raises(error, match=says):
         quantize(tiny_llama_dir, out=tmp_path / "out", **arguments)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "remedy"),
+    [("gguf", "q.gguf", r"--out .*q; the file will be .*q/model-Q4_0.gguf"), ("gptq", "q.safetensors", r"--out .*q$")],
+)
+def test_the_name_of_a_file_is_no_directory(layout: str, name: str, remedy: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="names a file") as caught:
+        quantize(tiny_llama_dir, scheme="W4A16-G32", layout=layout, out=tmp_path / name)
+    assert re.search(remedy, caught.value.remedy)
     assert not list(tmp_path.iterdir())
 
 

@@ -40,6 +40,7 @@ from fewbit.walk.settings import WalkSettings
 from fewbit.walk.skeleton import Skeleton
 from fewbit.walk.walk import ProgressCallback, Walk, WalkOutcome
 from fewbit.workflows.environment import environment
+from fewbit.workflows.gguf_files import gguf_target
 from fewbit.workflows.kv_scales import kv_scales, needs_kv_scales
 from fewbit.workflows.quantize_files import RECIPE_NAME, TensorTotals, write_companions, write_weights
 from fewbit.workflows.quantize_plan import QuantizePlan, check_kept, check_method, plan_linears, resolve_scheme, scheme_of_method
@@ -87,8 +88,8 @@ def quantize_model(
         on_estimate: called before the work with what it will take; the time is estimated only for it, because that takes two seconds.
 
     Raises:
-        UsageError: an unknown scheme or method, a scheme that the layout lacks, a pattern that matches nothing; more memory or disk needed
-            than there is.
+        UsageError: an unknown scheme or method, a scheme that the layout lacks, a pattern that matches nothing, a file's name as `out`;
+            more memory or disk needed than there is.
         ModelError, CheckpointError: the source cannot be used, or has NaN or infinite weights.
         CorpusError: too little calibration text, or too little for the gate.
         FormatError: a group size that does not divide a layer.
@@ -101,6 +102,7 @@ def quantize_model(
     target = get_layout(layout)
     resolved = scheme_of_method(settings, resolve_scheme(scheme, group_size, target), target)
     check_method(settings, resolved)
+    _check_out(Path(out), resolved, target)
     source = open_source(model)
     plan = plan_linears(source, resolved, tuple(ignore), target)
     if Path(out).resolve() == plan.directory.resolve():
@@ -139,6 +141,21 @@ def quantize_model(
         write_companions(plan, resolved, result, totals, work.checkpoint, target)
         work.finish(RECIPE_NAME, asdict(result))
     return _verified(result, source, verify)
+
+
+def _check_out(out: Path, scheme: Scheme, layout: Layout) -> None:
+    """Refuse the name of a file: llama.cpp would be pointed at a directory that looks like one.
+
+    Raises:
+        UsageError: `out` ends in `.gguf` or `.safetensors`.
+    """
+    if out.suffix.lower() not in (".gguf", ".safetensors"):
+        return
+    folder = out.with_suffix("")
+    remedy = f"--out {folder}"
+    if layout.single_file:
+        remedy += f"; the file will be {gguf_target(folder, layout.format_name(scheme))}"
+    raise UsageError(f"'{out}' names a file, and quantize makes a directory, with the recipe and a model card beside the weights", remedy)
 
 
 def _kv_scales(source: TensorSource, scheme: Scheme, settings: WalkSettings, given: CalibrationData | None) -> dict[str, torch.Tensor]:
