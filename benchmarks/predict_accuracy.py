@@ -13,7 +13,9 @@ For each device, the priors of its family are fitted without it; then the device
 Batches are not in that file: what unpacking costs in them comes from `measurements/batched.csv` (`_batched.py`), printed after the tables.
 
 Which rows count was decided before fitting (`_measurements.EXCLUDED_FLAGS`). The bars on discrete and Apple GPUs are over the main set
-(`use_in_analysis` yes), one row per format; the sweeps over longer contexts, which are many rows of few devices, are printed apart.
+(`use_in_analysis` yes) of rows that state the size of their weights, one row per format; the sweeps over longer contexts, which are many
+rows of few devices, and the rows without a size, whose bytes are guessed from nominal bits, are printed apart. No row of an integrated GPU
+states a size. Intervals are checked on all of them.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ _CLASSES = {
     "apple": "Apple",
     "cpu": "CPU",
 }
+_SIZED = ("GPU", "Apple")
+_SETS = ("main", "sweeps", "no size")
 # A family with too few devices takes the prior of the one that is most like it, widened.
 _RELATIVES = {"nvidia_unified": "gpu", "amd_unified": "intel_unified"}
 # A Jetson's multiprocessors are those of the discrete GPUs of its generation: what differs is the memory beside them, and the launches.
@@ -132,16 +136,16 @@ def _errors(group: Group, prior: Prior) -> Iterable[Error]:
         )
 
 
-def select(errors: Sequence[Error], device_class: str, bits: int, *, sweeps: bool = False) -> list[Error]:
-    """Rows of one class and width, of the main set or of the sweeps over context. GPU rows need a stated size."""
-    return [
-        e
-        for e in errors
-        if _CLASSES[e.group.observed.family] == device_class
-        and e.bits == bits
-        and e.group.sweep == sweeps
-        and (device_class != "GPU" or not e.group.nominal)
-    ]
+def set_of(error: Error) -> str:
+    """`main`, `sweeps` over longer contexts, or `no size`: a discrete or Apple GPU's row whose source does not state the bytes."""
+    if error.group.sweep:
+        return "sweeps"
+    return "no size" if error.group.nominal and _CLASSES[error.group.observed.family] in _SIZED else "main"
+
+
+def select(errors: Sequence[Error], device_class: str, bits: int, name: str = "main") -> list[Error]:
+    """Rows of one class, width and set (`set_of`)."""
+    return [e for e in errors if _CLASSES[e.group.observed.family] == device_class and e.bits == bits and set_of(e) == name]
 
 
 def _figure(errors: Callable[[], list[Error]], device_class: str, bits: int, quantile: float) -> float:
@@ -158,13 +162,13 @@ def _coverage(errors: Callable[[], list[Error]]) -> float:
 
 def print_tables(errors: Sequence[Error], *, devices: bool) -> None:
     """The distribution of errors per class and width, baselines beside it; per device with `devices`."""
-    print("class       bits set    rows devices  median%   p90%  inside%   byte ratio%  constant overhead% (rows, ours there)")
+    print("class       bits set     rows devices  median%   p90%  inside%   byte ratio%  constant overhead% (rows, ours there)")
     for device_class in dict.fromkeys(_CLASSES.values()):
         for bits in sorted({e.bits for e in errors}, reverse=True):
-            for sweeps in (False, True):
-                chosen = select(errors, device_class, bits, sweeps=sweeps)
+            for name in _SETS:
+                chosen = select(errors, device_class, bits, name)
                 if chosen:
-                    print(_line(f"{device_class:11s} {bits:4d} {'sweeps' if sweeps else 'main  '}", chosen))
+                    print(_line(f"{device_class:11s} {bits:4d} {name:7s}", chosen))
     if devices:
         print("\nmedian of the signed error per device, percent (rows)")
         found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))

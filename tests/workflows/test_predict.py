@@ -40,8 +40,7 @@ def test_worked_example_of_the_bandwidth_estimator(capsys: pytest.CaptureFixture
 
 def test_the_full_model_is_slower_and_has_an_interval() -> None:
     int4 = by_scheme(predict_model("7e9", measured=["bf16 decode 94 ms"], **ORIN))["W4A16"].milliseconds  # type: ignore[arg-type]
-    assert int4.low < int4.value < int4.high
-    assert int4.value > 23.5
+    assert 23.5 < int4.low < int4.value < int4.high  # not even its fast end reads 4-bit weights at more of the bandwidth than BF16's
 
 
 def test_worked_example_of_the_prefill() -> None:

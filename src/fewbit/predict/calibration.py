@@ -10,12 +10,18 @@ S = (P^-1 + J' J / r^2)^-1, and the logarithm of any other step's time has the v
 within 1.645 standard deviations. Two steps on one device share most of the uncertainty: the variance of the logarithm of their ratio is
 (g - h)' S (g - h) + 2 r^2, which is why `Comparison` is worth more than two intervals side by side.
 
+A kernel that unpacks weights reads them no faster than one that has nothing to unpack: its speed is the lesser of what memory gives and
+what unpacking gives. Where 16-bit kernels are limited by memory (`efficiency.MEMORY_LIMITED`), the reading speeds of packed weights are
+therefore min(normal, ceiling) in the logarithms, with the ceiling one residual above 1, until packed weights were measured. Intervals count
+this (`Posterior.interval`): they end short of times that only a kernel nearer to the bandwidth than the 16-bit one could reach.
+
 What one more measurement with gradient h would leave is known before it is made: S - S h h' S / (h' S h + r^2). The next best measurement
 is the one that leaves the least variance in what the decision hangs on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +35,11 @@ __all__ = ["Z90", "Posterior", "calibrate"]
 Z90 = 1.6448536269514722
 _ITERATIONS = 30
 _STEP = 1e-4
+_BISECTIONS = 30
+_NODES = np.linspace(-4.0, 4.0, 65)
+_SHARES = np.exp(-(_NODES**2) / 2) / np.exp(-(_NODES**2) / 2).sum()
+_POINTS = np.linspace(-6.0, 6.0, 601)
+_BELOW = np.array([0.5 * (1 + math.erf(point / math.sqrt(2))) for point in _POINTS])  # the normal distribution's function
 _STRAIN = 2.0  # mean squared misfit, in residuals, above which the points contradict the model
 
 LogTime = Callable[[NDArray[np.float64]], float]
@@ -47,11 +58,43 @@ class Posterior:
         """Standard deviation of a logarithm with this gradient and so many independent residual variances."""
         return float(np.sqrt(gradient @ self.covariance @ gradient + residuals * self.residual**2))
 
+    def interval(self, gradient: NDArray[np.float64], ceiling: NDArray[np.float64], residuals: float = 1.0) -> tuple[float, float]:
+        """The deviations of a logarithm with this gradient that 5 % and 95 % of its distribution lie below.
+
+        Args:
+            ceiling: logarithms that the factors stay below, [n]; inf for those without one.
+            residuals: as in `log_sd`.
+        """
+        capped = np.isfinite(ceiling) & (gradient != 0)
+        part = np.where(capped, gradient, 0.0)
+        if not capped.any() or len(set(np.sign(part[capped]))) > 1:
+            spread = Z90 * self.log_sd(gradient, residuals)
+            return -spread, spread
+        # A deviation is a + q: q of the capped factors, which ends at `limit`, and a of all others, normal around `slope` q.
+        limit = float(part[capped] @ np.maximum(ceiling - self.mean, 0.0)[capped])
+        rest = gradient - part
+        variance = float(part @ self.covariance @ part)
+        slope = float(rest @ self.covariance @ part) / variance
+        left = math.sqrt(float(rest @ self.covariance @ rest) - slope**2 * variance + residuals * self.residual**2)
+        q = _NODES * math.sqrt(variance)
+        centre = slope * q + (np.minimum(q, limit) if limit > 0 or part[capped][0] > 0 else np.maximum(q, limit))
+        return _quantile(centre, left, 0.05), _quantile(centre, left, 0.95)
+
     def after(self, gradient: NDArray[np.float64]) -> Posterior:
         """What a measurement with this gradient would leave."""
         spread = self.covariance @ gradient
         covariance = self.covariance - np.outer(spread, spread) / (gradient @ spread + self.residual**2)
         return Posterior(self.mean, covariance, self.residual, self.points + 1)
+
+
+def _quantile(centres: NDArray[np.float64], spread: float, share: float) -> float:
+    """The quantile of a mixture of normal distributions around `centres`, one per node, by bisection."""
+    low, high = float(centres.min()) - 6 * spread, float(centres.max()) + 6 * spread
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        below = float(_SHARES @ np.interp((middle - centres) / spread, _POINTS, _BELOW))
+        low, high = (middle, high) if below < share else (low, middle)
+    return (low + high) / 2
 
 
 def gradient_of(log_time: LogTime, at: NDArray[np.float64]) -> NDArray[np.float64]:

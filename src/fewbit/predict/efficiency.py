@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fewbit.predict.hardware import Hardware, Kind
 
-__all__ = ["FACTORS", "Factors", "Prior", "byte_ratio_errors", "known_runtimes", "prior_of", "prior_of_device"]
+__all__ = ["FACTORS", "MEMORY_LIMITED", "Factors", "Prior", "byte_ratio_errors", "known_runtimes", "prior_of", "prior_of_device"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ _LEAST_OPERATOR_US = 0.01
 # attention kernel is. With the spreads of discrete GPUs, 0.2 of the memory and 0.3 of both together, 0.2 / 0.3.
 _SHARED = 2 / 3
 FACTORS: tuple[str, ...] = tuple(f.name for f in fields(Factors))
+# Devices whose 16-bit kernels wait for memory alone. CPUs convert 16-bit weights on the way; and of the published 8-bit and 4-bit rows of
+# CPUs and integrated GPUs (133, `benchmarks/predict_accuracy.py`), six are faster than intervals allow that end at the 16-bit rows' speed.
+MEMORY_LIMITED: frozenset[Kind] = frozenset(
+    {"nvidia_datacenter", "nvidia_workstation", "nvidia_consumer", "nvidia_unified", "amd_datacenter", "intel_datacenter", "apple"}
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fewbit.formats.spec import get_scheme
 from fewbit.predict.calibration import Z90, LogTime, Posterior, calibrate, gradient_of
-from fewbit.predict.efficiency import Factors, Prior, prior_of_device
+from fewbit.predict.efficiency import FACTORS, MEMORY_LIMITED, Factors, Prior, prior_of_device
 from fewbit.predict.hardware import Hardware
 from fewbit.predict.outline import Outline
 from fewbit.predict.prediction import Comparison, Estimate, MeasuredPoint, Prediction, StepPoint, Suggestion, step_name
@@ -107,6 +107,17 @@ class Predictor:
     def _gradient(self, work: list[Work]) -> NDArray[np.float64]:
         return gradient_of(self._log_time(work), self._posterior.mean)
 
+    def _ceiling(self) -> NDArray[np.float64]:
+        """Logarithms that the factors stay below: packed weights are not read faster than 16-bit ones, unless they were measured."""
+        least = min((one.bits for work in self._measured_works for one in work if one.weight_bytes), default=16.0)
+        limited = self.hardware.kind in MEMORY_LIMITED and self.hardware.rates is None
+        capped = {"read_4": limited and least >= 8, "read_8": limited and least >= 16}
+        return np.array([self._prior.residual if capped.get(name, False) else np.inf for name in FACTORS])
+
+    def _estimate(self, value: float, gradient: NDArray[np.float64], residuals: float = 1.0) -> Estimate:
+        low, high = self._posterior.interval(gradient, self._ceiling(), residuals)
+        return Estimate(value, value * math.exp(low), value * math.exp(high))
+
     def predict(self, point: StepPoint, *, weight_bytes: float | None = None) -> Prediction:
         """The time of a step with its 90 % interval, its terms and what bounds it.
 
@@ -119,7 +130,7 @@ class Predictor:
         path = choose_path(get_scheme(point.scheme), self.hardware, point.path)
         work = self._work(point, weight_bytes=weight_bytes)
         time = step_time(work, self.hardware, self.factors)
-        milliseconds = _estimate(time.milliseconds, self._posterior.log_sd(self._gradient(work)))
+        milliseconds = self._estimate(time.milliseconds, self._gradient(work))
         base = replace(point, scheme="BF16", kv="BF16", path=None)
         tokens = point.batch * (point.context if point.phase == "prefill" else 1)
         return Prediction(
@@ -149,8 +160,7 @@ class Predictor:
         times = [step_time(work, self.hardware, self.factors).milliseconds for work in works]
         if works[0] == works[1]:
             return Comparison(first, second, Estimate(1.0, 1.0, 1.0), False)
-        spread = self._posterior.log_sd(self._gradient(works[0]) - self._gradient(works[1]), residuals=2.0)
-        ratio = _estimate(times[0] / times[1], spread)
+        ratio = self._estimate(times[0] / times[1], self._gradient(works[0]) - self._gradient(works[1]), residuals=2.0)
         return Comparison(first, second, ratio, not ratio.low <= 1.0 <= ratio.high)
 
     def next_measurement(self, candidates: Sequence[StepPoint], options: Sequence[StepPoint] | None = None) -> Suggestion | None:
@@ -179,11 +189,6 @@ class Predictor:
         question = f"the choice between {first} and {others[0]}" if others else f"the time of {first}"
         reason = f"measuring {step_name(best)} narrows {question} from a factor of {widths[0]:.2f} to one of {widths[1]:.2f}"
         return Suggestion(best, reason, widths[0], widths[1])
-
-
-def _estimate(value: float, log_sd: float) -> Estimate:
-    factor = math.exp(Z90 * log_sd)
-    return Estimate(value, value / factor, value * factor)
 
 
 def predict_step(
