@@ -96,7 +96,9 @@ class Settings:
             self.write(failed=name, why=f"{type(error).__name__}: {lines[0][:300]}")
             if self.cuda and _breaks_the_device(error):
                 os._exit(BROKEN_DEVICE)
-            return None
+        if self.cuda:  # what a failed attempt held is free now: the next one may need it in one piece
+            torch.cuda.empty_cache()
+        return None
 
 
 def _breaks_the_device(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from typing import Any
 
 import torch
 from _bars import run_bars
+
+from fewbit.kernels.triton.environment import interpreted, refuse_device
 
 _SECTIONS = ("tune", "correctness", "kernels", "end-to-end", "cache", "predict", "peers")
 _WHOLE = 525.0  # seconds for everything
@@ -137,26 +140,36 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, in Triton's interpreter where there is no GPU")
     parser.add_argument("--only", choices=_SECTIONS, action="append", help="these sections")
     parser.add_argument("--seconds", type=float, default=_WHOLE, help=f"for everything on a GPU (default: {_WHOLE:.0f})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go (default: benchmarks/results/gpu-DATE.json)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where the results go (default: benchmarks/results/gpu-DATE.json; results/gpu.schema.json)",
+    )
     parser.add_argument("--list", action="store_true", help="name the bars on a GPU, measure nothing")
     options = parser.parse_args()
-    from _gpu_common import Settings
-    from _gpu_report import bars, tables
-
     if options.list:
+        from _gpu_report import bars
+
         return run_bars(bars({"failures": {}, "facts": {}}, _SECTIONS), list_only=True)
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    cuda = not interpreted and _sees_a_gpu()
-    if not cuda and not (options.tiny and interpreted):
-        print(
-            "gpu.py: this torch sees no CUDA device; TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny runs everything small",
-            file=sys.stderr,
-        )
+    refused = _refusal(options.tiny)
+    if refused is not None:
+        print(f"gpu.py: {refused}", file=sys.stderr)
         return 2
+    from _gpu_common import Settings
+    from _gpu_report import bars, tables  # needs Triton
+
+    cuda = not interpreted()
     os.environ["FEWBIT_TRITON_SEARCH"] = "0"  # the rows of the section `tune`, or of the table, are what is measured
     settings = Settings("cuda" if cuda else "cpu", options.tiny, torch.bfloat16 if cuda else torch.float32)
     sections = tuple(options.only or _SECTIONS)
-    file = options.json or Path(__file__).parent / "results" / f"gpu-{time.strftime('%Y-%m-%d')}.json"
+    parts = (
+        "gpu",
+        *(("tiny",) if options.tiny else ()),
+        *(options.only or ()),
+        time.strftime("%Y-%m-%d"),
+    )  # a whole run is not overwritten
+    file = options.json or Path(__file__).parent / "results" / f"{'-'.join(parts)}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(report: Report) -> None:
@@ -170,12 +183,14 @@ def main() -> int:
     return run_bars(bars(report, sections))
 
 
-def _sees_a_gpu() -> bool:
-    """Asked in a process of its own: the processes of the sections are forks of this one, which must not have touched the device."""
-    import multiprocessing
-
+def _refusal(tiny: bool) -> str | None:
+    """Why nothing can be measured here; None where something can."""
+    if interpreted():
+        return refuse_device("cpu") if tiny else "TRITON_INTERPRET=1 runs the smallest sizes only: add --tiny"
+    # in a process of its own: the processes of the sections are forks of this one, which must not have touched the device
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return bool(pool.apply(torch.cuda.is_available))
+        refused = pool.apply(refuse_device, ("cuda",))
+    return refused and f"{refused}; TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny runs everything small without a GPU"
 
 
 if __name__ == "__main__":

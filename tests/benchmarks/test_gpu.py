@@ -11,6 +11,7 @@ from pathlib import Path
 
 import _gpu_report
 import gpu
+import jsonschema
 import pytest
 import torch
 from _bars import NotMeasuredError
@@ -29,6 +30,31 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
     assert "sees no CUDA device" in done.stderr and "--tiny" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "reason", ["needs compute capability 8.0; NVIDIA T4 has 7.5", "Triton is not installed (pip install triton)", None]
+)
+def test_a_device_that_will_not_do_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, reason: str | None
+) -> None:
+    monkeypatch.setattr(gpu, "interpreted", lambda: reason is None)
+    monkeypatch.setattr(gpu, "refuse_device", _RefusedBecause(reason))
+    file = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", str(file)])
+    assert gpu.main() == 2
+    assert (reason or "add --tiny") in capsys.readouterr().err
+    assert not file.exists()
+
+
+class _RefusedBecause:
+    """`refuse_device` of a machine that is not this one; goes to another process."""
+
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
+
+    def __call__(self, device: str) -> str | None:
+        return self.reason
+
+
 def test_every_section_runs_tiny(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     file = tmp_path / "gpu.json"
@@ -37,6 +63,7 @@ def test_every_section_runs_tiny(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(file.read_text(encoding="utf-8"))
+    jsonschema.validate(report, json.loads((_SCRIPT.parent / "results" / "gpu.schema.json").read_text(encoding="utf-8")))
     assert report["facts"]["interpreted"] is True
     assert {row["kernel"] for row in report["correctness"]} >= {
         "triton-weight-only",

@@ -87,6 +87,15 @@ def check_rows(device: str) -> None:
         codes = process_rows(halves.contiguous(), dtype, bias=bias, residual=stream, norm=(weight, 1e-6), inputs=spec)
         values, scale, _ = quantize_dynamic(rows.values, spec)
         assert torch.equal(codes.scale, scale.view(-1)) and torch.equal(codes.values.view(torch.uint8), values.view(torch.uint8))
+        long = _random(2, 16400, seed=6).to(device, dtype)  # longer than one program holds
+        long[0, 16390] = 9.0
+        codes, (values, scale, _) = process_rows(long, dtype, inputs=spec), quantize_dynamic(long, spec)
+        assert torch.equal(codes.scale, scale.view(-1)) and torch.equal(codes.values.view(torch.uint8), values.view(torch.uint8))
+        static = torch.tensor([0.02], device=device)
+        codes = process_rows(long, dtype, inputs=spec, static=static)
+        assert torch.equal(codes.scale, static.expand(2))
+        long[1, 16395] = float("nan")
+        assert process_rows(long, dtype, inputs=spec).scale.isnan().tolist() == [False, True]
     both = _random(2, 3, 2 * 96, seed=4).to(device)
     gate, up = both.sum(0).to(dtype).chunk(2, -1)
     expected = torch.nn.functional.silu(gate) * up

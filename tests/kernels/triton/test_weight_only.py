@@ -146,6 +146,13 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     assert refused == "Triton is not installed (pip install triton)"
 
 
+def test_gpus_of_another_maker_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm's torch calls them cuda, and gives them capabilities above 8.0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert environment.refuse_device("cuda") == "runs on NVIDIA GPUs, not on AMD's"
+
+
 def test_a_device_without_memory_is_an_error_that_says_for_what() -> None:
     with (
         pytest.raises(KernelError, match="no memory for the model's weights on cuda") as raised,

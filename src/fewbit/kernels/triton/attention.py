@@ -29,15 +29,16 @@ import torch
 import triton
 import triton.language as tl
 
+from fewbit.kernels.triton.cache_codes import INT4_GROUP, byte_numbers, int4_half
+from fewbit.kernels.triton.environment import interpreted
 from fewbit.kernels.triton.rows import _TRITON_DTYPES, _round, _to_e4m3
 
 __all__ = ["INT4_GROUP", "CacheLayer", "append", "attend", "new_layer", "parts_for", "read"]
 
-INT4_GROUP = 32
 _GROUP = tl.constexpr(INT4_GROUP)
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)  # formats.scales.SMALLEST_SCALE of bfloat16: 2**-126
 _PROGRAMS_PER_MULTIPROCESSOR, _LEAST_TOKENS, _MOST_PARTS = 16, 256, 64  # of a split over the sequence
-_BLOCK_VALUES = 64 * 128  # of keys that a step of the loop reads: three stages of them and of values fit into 99 KiB
+_BLOCK_VALUES = 64 * 128  # of keys that a step of the loop reads, twice as many of 8 bits: with the values' in 3 stages less than 99 KiB
 
 
 @dataclass(frozen=True)
@@ -193,34 +194,24 @@ def _append(  # type: ignore[no-untyped-def]
                 tl.store(key_ring_ptr + ring + half * HALF + c[None, :], x.to(DTYPE), mask=newest)
 
 
-@triton.jit
-def _int4_half(packed, scale_ptr, zero_ptr, row, inside, which: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One half of the channels of a tile of tokens, [tokens, DIM / 2]."""
-    HALF: tl.constexpr = DIM // 2
-    GROUPS: tl.constexpr = DIM // _GROUP
-    TOKENS: tl.constexpr = packed.shape[0]
-    g = which * (GROUPS // 2) + tl.arange(0, GROUPS // 2)
-    at = row[:, None] * GROUPS + g[None, :]
-    scale = tl.load(scale_ptr + at, mask=inside[:, None], other=0).to(tl.float32)
-    zero = tl.load(zero_ptr + at, mask=inside[:, None], other=0).to(tl.float32) + 8.0
-    code = tl.reshape(((packed >> (4 * which)) & 15).to(tl.float32), (TOKENS, GROUPS // 2, _GROUP))
-    return tl.reshape((code - zero[:, :, None]) * scale[:, :, None], (TOKENS, HALF)).to(DTYPE)
-
-
 @triton.jit(do_not_specialize=["capacity", "first_part", "all_parts", "sliding"])
 def _attend(  # type: ignore[no-untyped-def]
     query_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, key_zero_ptr, value_zero_ptr, length_ptr,
     sums_ptr, largest_ptr, total_ptr, capacity, scale, first_part, all_parts, sliding,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, KIND: tl.constexpr,
     DTYPE: tl.constexpr, GROUPED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, WHOLE: tl.constexpr,
+    ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = DIM // 2
+    WORDED: tl.constexpr = (KIND == "int8" or KIND == "fp8") and DIM >= 64  # a tensor core takes 16 channels at least
+    WORDS: tl.constexpr = DIM // 4
     both = tl.program_id(0)
     part = tl.program_id(1)
     sequence, kv = both // KV_HEADS, both % KV_HEADS
     g = tl.arange(0, BLOCK_G)
     c = tl.arange(0, DIM)
     h = tl.arange(0, HALF)
+    w = tl.arange(0, WORDS)
     length = tl.load(length_ptr + sequence)
     if RING:  # the newest tokens, in any order
         begin, end = 0, tl.minimum(length, WINDOW)
@@ -240,6 +231,16 @@ def _attend(  # type: ignore[no-untyped-def]
         q_high = tl.load(query_ptr + row_of_query[:, None] * DIM + HALF + h[None, :], mask=real[:, None], other=0.0)
         sums = tl.zeros((BLOCK_G, HALF), tl.float32)
         sums_high = tl.zeros((BLOCK_G, HALF), tl.float32)
+    elif WORDED:  # channels 4 w, 4 w + 1, ..
+        at = query_ptr + row_of_query[:, None] * DIM + 4 * w[None, :]
+        q = tl.load(at, mask=real[:, None], other=0.0)
+        q1 = tl.load(at + 1, mask=real[:, None], other=0.0)
+        q2 = tl.load(at + 2, mask=real[:, None], other=0.0)
+        q3 = tl.load(at + 3, mask=real[:, None], other=0.0)
+        sums = tl.zeros((BLOCK_G, WORDS), tl.float32)
+        sums1 = tl.zeros((BLOCK_G, WORDS), tl.float32)
+        sums2 = tl.zeros((BLOCK_G, WORDS), tl.float32)
+        sums3 = tl.zeros((BLOCK_G, WORDS), tl.float32)
     else:
         q = tl.load(query_ptr + row_of_query[:, None] * DIM + c[None, :], mask=real[:, None], other=0.0)
         sums = tl.zeros((BLOCK_G, DIM), tl.float32)
@@ -251,10 +252,17 @@ def _attend(  # type: ignore[no-untyped-def]
         row = both.to(tl.int64) * capacity + t
         if KIND == "int4":
             packed = tl.load(keys_ptr + row[:, None] * HALF + h[None, :], mask=inside[:, None], other=0)
-            low = _int4_half(packed, key_scale_ptr, key_zero_ptr, row, inside, 0, DIM, DTYPE)
+            low = int4_half(packed, key_scale_ptr, key_zero_ptr, row, inside, 0, DIM, DTYPE)
             score = tl.dot(q, tl.trans(low), input_precision="ieee")
-            high = _int4_half(packed, key_scale_ptr, key_zero_ptr, row, inside, 1, DIM, DTYPE)
+            high = int4_half(packed, key_scale_ptr, key_zero_ptr, row, inside, 1, DIM, DTYPE)
             score = tl.dot(q_high, tl.trans(high), score, input_precision="ieee")
+        elif WORDED:
+            words = tl.load(keys_ptr + row[:, None] * WORDS + w[None, :], mask=inside[:, None], other=0)
+            score = tl.dot(q, tl.trans(byte_numbers(words, 0, KIND, DTYPE, ASSEMBLER)), input_precision="ieee")
+            score = tl.dot(q1, tl.trans(byte_numbers(words, 1, KIND, DTYPE, ASSEMBLER)), score, input_precision="ieee")
+            score = tl.dot(q2, tl.trans(byte_numbers(words, 2, KIND, DTYPE, ASSEMBLER)), score, input_precision="ieee")
+            score = tl.dot(q3, tl.trans(byte_numbers(words, 3, KIND, DTYPE, ASSEMBLER)), score, input_precision="ieee")
+            score *= tl.load(key_scale_ptr + row, mask=inside, other=0).to(tl.float32)[None, :]
         else:
             k = tl.load(keys_ptr + row[:, None] * DIM + c[None, :], mask=inside[:, None], other=0.0)
             score = tl.dot(q, tl.trans(k.to(DTYPE)), input_precision="ieee")
@@ -268,10 +276,18 @@ def _attend(  # type: ignore[no-untyped-def]
         total = total * keep + tl.sum(weight, axis=1)
         if KIND == "int4":
             packed = tl.load(values_ptr + row[:, None] * HALF + h[None, :], mask=inside[:, None], other=0)
-            low = _int4_half(packed, value_scale_ptr, value_zero_ptr, row, inside, 0, DIM, DTYPE)
+            low = int4_half(packed, value_scale_ptr, value_zero_ptr, row, inside, 0, DIM, DTYPE)
             sums = tl.dot(weight.to(DTYPE), low, sums * keep[:, None], input_precision="ieee")
-            high = _int4_half(packed, value_scale_ptr, value_zero_ptr, row, inside, 1, DIM, DTYPE)
+            high = int4_half(packed, value_scale_ptr, value_zero_ptr, row, inside, 1, DIM, DTYPE)
             sums_high = tl.dot(weight.to(DTYPE), high, sums_high * keep[:, None], input_precision="ieee")
+        elif WORDED:
+            weight *= tl.load(value_scale_ptr + row, mask=inside, other=0).to(tl.float32)[None, :]
+            words = tl.load(values_ptr + row[:, None] * WORDS + w[None, :], mask=inside[:, None], other=0)
+            p = weight.to(DTYPE)
+            sums = tl.dot(p, byte_numbers(words, 0, KIND, DTYPE, ASSEMBLER), sums * keep[:, None], input_precision="ieee")
+            sums1 = tl.dot(p, byte_numbers(words, 1, KIND, DTYPE, ASSEMBLER), sums1 * keep[:, None], input_precision="ieee")
+            sums2 = tl.dot(p, byte_numbers(words, 2, KIND, DTYPE, ASSEMBLER), sums2 * keep[:, None], input_precision="ieee")
+            sums3 = tl.dot(p, byte_numbers(words, 3, KIND, DTYPE, ASSEMBLER), sums3 * keep[:, None], input_precision="ieee")
         else:
             if KIND != "none":
                 weight *= tl.load(value_scale_ptr + row, mask=inside, other=0).to(tl.float32)[None, :]
@@ -282,6 +298,10 @@ def _attend(  # type: ignore[no-untyped-def]
         sums /= total[:, None]
         if KIND == "int4":
             sums_high /= total[:, None]
+        elif WORDED:
+            sums1 /= total[:, None]
+            sums2 /= total[:, None]
+            sums3 /= total[:, None]
     else:
         out = row_of_query * all_parts + first_part + part
         tl.store(largest_ptr + out, largest, mask=real)
@@ -289,6 +309,12 @@ def _attend(  # type: ignore[no-untyped-def]
     if KIND == "int4":
         tl.store(sums_ptr + out[:, None] * DIM + h[None, :], sums.to(sums_ptr.dtype.element_ty), mask=real[:, None])
         tl.store(sums_ptr + out[:, None] * DIM + HALF + h[None, :], sums_high.to(sums_ptr.dtype.element_ty), mask=real[:, None])
+    elif WORDED:
+        at = sums_ptr + out[:, None] * DIM + 4 * w[None, :]
+        tl.store(at, sums.to(sums_ptr.dtype.element_ty), mask=real[:, None])
+        tl.store(at + 1, sums1.to(sums_ptr.dtype.element_ty), mask=real[:, None])
+        tl.store(at + 2, sums2.to(sums_ptr.dtype.element_ty), mask=real[:, None])
+        tl.store(at + 3, sums3.to(sums_ptr.dtype.element_ty), mask=real[:, None])
     else:
         tl.store(sums_ptr + out[:, None] * DIM + c[None, :], sums.to(sums_ptr.dtype.element_ty), mask=real[:, None])
 
@@ -388,21 +414,24 @@ def attend(queries: torch.Tensor, layer: CacheLayer, lengths: torch.Tensor, scal
     sums = out if whole else torch.empty(batch, heads, every, dim, dtype=torch.float32, device=queries.device)
     largest, total = (out if whole else torch.empty(batch, heads, every, dtype=torch.float32, device=queries.device) for _ in range(2))
     grouped = heads // kv_heads
+    words = layer.kind in ("int8", "fp8") and dim >= 64  # see WORDED
     constants = {
         "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WINDOW": layer.window, "DTYPE": _TRITON_DTYPES[queries.dtype],
-        "GROUPED": grouped, "BLOCK_G": max(16, triton.next_power_of_2(grouped)), "BLOCK_T": _BLOCK_VALUES // max(dim, 128),
-        "WHOLE": whole, "num_warps": 4,
+        "GROUPED": grouped, "BLOCK_G": max(16, triton.next_power_of_2(grouped)), "WHOLE": whole, "ASSEMBLER": not interpreted(),
+        "num_warps": 4,
     }  # fmt: skip
-    stored = (layer.keys, layer.values, layer.key_scale, layer.value_scale, layer.key_zero, layer.value_zero)
+    block = _BLOCK_VALUES // max(dim, 128)
+    codes = (tensor.view(torch.int32) if words else tensor for tensor in (layer.keys, layer.values))
+    stored = (*codes, layer.key_scale, layer.value_scale, layer.key_zero, layer.value_zero)
     _attend[(batch * kv_heads, parts)](
         queries, *stored, lengths, sums, largest, total, capacity, scale, 0, every, sliding, RING=False, KIND=layer.kind, num_stages=3,
-        **constants,
+        BLOCK_T=2 * block if words else block, **constants,
     )  # fmt: skip
     if layer.window:
         ring = (layer.key_ring, layer.value_ring, *stored[2:])
         _attend[(batch * kv_heads, 1)](
             queries, *ring, lengths, sums, largest, total, layer.window, scale, parts, every, sliding, RING=True, KIND="none", num_stages=2,
-            **constants,
+            BLOCK_T=block, **constants,
         )  # fmt: skip
     if whole:
         return out

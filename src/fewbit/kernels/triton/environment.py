@@ -49,6 +49,8 @@ def refuse_device(device: str, minimum: tuple[int, int] = _MINIMUM_CAPABILITY) -
         return f"runs on NVIDIA GPUs, not on {kind}"
     if not torch.cuda.is_available():
         return "this torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "runs on NVIDIA GPUs, not on AMD's"  # which torch calls "cuda", too
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
     capability = torch.cuda.get_device_capability(device)

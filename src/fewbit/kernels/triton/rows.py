@@ -25,6 +25,7 @@ from fewbit.kernels.triton.gpu_kernel import Rows
 
 __all__ = ["finish", "process_rows", "silu_product"]
 
+_LONGEST = 16384  # columns of a row that one program holds: 32 numbers in each of 512 threads
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away it rounds a float32 to an integer, ties to even
 
 
@@ -40,6 +41,16 @@ def _to_e4m3(x):  # type: ignore[no-untyped-def]
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     power = tl.maximum(power, 0.015625) * 1572864.0  # 2**-6, and 1.5 * 2**(23 - 3)
     return ((x + power) - power).to(tl.float8e4nv)
+
+
+@triton.jit
+def _codes(x, scale, CODES: tl.constexpr):  # type: ignore[no-untyped-def]
+    quotient = tl.div_rn(x, tl.zeros_like(x) + scale)
+    if CODES == "int8":
+        codes = _round(tl.minimum(tl.maximum(quotient, -128.0), 127.0)).to(tl.int8)
+    else:
+        codes = _to_e4m3(quotient)
+    return codes
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -72,13 +83,32 @@ def _process(  # type: ignore[no-untyped-def]
             scale = tl.load(static_ptr)
         else:
             scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), axis=0), divisor), smallest)
-        quotient = tl.div_rn(x, tl.zeros_like(x) + scale)
-        if CODES == "int8":
-            codes = _round(tl.minimum(tl.maximum(quotient, -128.0), 127.0)).to(tl.int8)
-        else:
-            codes = _to_e4m3(quotient)
-        tl.store(values_ptr + at, codes, mask=inside)
+        tl.store(values_ptr + at, _codes(x, scale, CODES), mask=inside)
         tl.store(scale_ptr + row, scale + tl.sum(x * 0.0, axis=0))  # NaN where the row is not finite
+
+
+@triton.jit
+def _quantize_long(  # type: ignore[no-untyped-def]
+    x_ptr, static_ptr, values_ptr, scale_ptr, K, divisor, smallest, CODES: tl.constexpr, STATIC: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Codes alone of a row that registers cannot hold: it is read twice, the second time from a cache."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    spoiled = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, K, BLOCK):
+        x = tl.load(x_ptr + row * K + start + k, mask=k < K - start, other=0).to(DTYPE).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+        spoiled += x * 0.0
+    if STATIC:
+        scale = tl.load(static_ptr)
+    else:
+        scale = tl.maximum(tl.div_rn(tl.max(largest, axis=0), divisor), smallest)
+    for start in range(0, K, BLOCK):
+        x = tl.load(x_ptr + row * K + start + k, mask=k < K - start, other=0).to(DTYPE).to(tl.float32)
+        tl.store(values_ptr + row * K + start + k, _codes(x, scale, CODES), mask=k < K - start)
+    tl.store(scale_ptr + row, scale + tl.sum(spoiled, axis=0))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -141,6 +171,12 @@ def process_rows(
     values = torch.empty(rows, columns, dtype=kind, device=x.device)
     scale = None if inputs is None else torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
+    if block > _LONGEST and inputs is not None and parts == 1 and bias is None and residual is None and norm is None:
+        _quantize_long[(rows,)](
+            x, _or(static, x), values, scale, columns, scale_divisor(inputs), SMALLEST_SCALE["float32"], CODES=codes,
+            STATIC=static is not None, DTYPE=_TRITON_DTYPES[dtype], BLOCK=_LONGEST, num_warps=16,
+        )  # fmt: skip
+        return Rows(values, scale)
     _process[(rows,)](
         x, _or(bias, x), _or(residual, x), x if norm is None else norm[0], _or(static, x), values, _or(scale, x), rows, columns,
         0.0 if norm is None else norm[1], 1.0 if inputs is None else scale_divisor(inputs), SMALLEST_SCALE["float32"],
