@@ -32,7 +32,7 @@ def measure_cache(settings: Settings, seconds: float, machine: dict[str, Any]) -
 
 
 def _measure(settings: Settings, machine: dict[str, Any], kind: str, batch: int, context: int) -> None:
-    heads, kv_heads, dim = (2, 1, 64) if settings.tiny else (HEADS, KV_HEADS, DIM)
+    heads, kv_heads, dim = (2, 1, 128) if settings.tiny else (HEADS, KV_HEADS, DIM)
     memory = torch.cuda.get_device_properties(settings.device).total_memory if settings.cuda else 80e9
 
     def fresh() -> Any:

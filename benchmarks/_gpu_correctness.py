@@ -134,7 +134,7 @@ def _errors(
 
 def _check_attention(settings: Settings, kind: str) -> None:
     """A prompt is appended and its last query attends; queries are sharpened so that a few tokens carry the sum."""
-    dim, heads, kv_heads, tokens = (64, 2, 1, 36) if settings.tiny else (128, 32, 8, 1000)
+    dim, heads, kv_heads, tokens = (128, 2, 1, 36) if settings.tiny else (128, 32, 8, 1000)
     window = SCHEMES[_KV[kind]].kv_residual_window
     layer = new_layer(kind, 2, kv_heads, tokens, dim, settings.dtype, settings.device, window)
     x = random_rows(settings, tokens, (heads + 2 * kv_heads) * dim)

@@ -75,7 +75,7 @@ def longest_loop(lines: list[str]) -> list[str]:
     labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
     spans = [(0, 0)]
     for i, line in enumerate(lines):
-        match = re.search(r"BRA(?:\.\S+)? `\((\.L\S+)\)", line)
+        match = re.search(r"BRA[^;`]*`\((\.L\S+)\)", line)
         if match and labels.get(match.group(1), i) < i:
             spans.append((labels[match.group(1)], i))
     first, last = max(spans, key=lambda span: span[1] - span[0])

@@ -74,8 +74,9 @@ def everything(device: str) -> None:
     """All checks of this file."""
     check("none", device, norm=True)
     check("none", device, sliding=20)
-    check("int8", device, dim=32)  # too few channels for words of four codes
-    check("fp8", device)
+    check("int8", device, dim=128)
+    check("fp8", device, dim=128)
+    check("fp8", device, dim=32)  # too few channels for words of four codes
     check("int4", device)
     check("int4", device, window=32)
 

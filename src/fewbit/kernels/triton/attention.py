@@ -203,7 +203,7 @@ def _attend(  # type: ignore[no-untyped-def]
     ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = DIM // 2
-    WORDED: tl.constexpr = (KIND == "int8" or KIND == "fp8") and DIM >= 64  # a tensor core takes 16 channels at least
+    WORDED: tl.constexpr = (KIND == "int8" or KIND == "fp8") and DIM >= 128  # with 16 channels to a tile Triton has all warps do the same
     WORDS: tl.constexpr = DIM // 4
     both = tl.program_id(0)
     part = tl.program_id(1)
@@ -414,7 +414,7 @@ def attend(queries: torch.Tensor, layer: CacheLayer, lengths: torch.Tensor, scal
     sums = out if whole else torch.empty(batch, heads, every, dim, dtype=torch.float32, device=queries.device)
     largest, total = (out if whole else torch.empty(batch, heads, every, dtype=torch.float32, device=queries.device) for _ in range(2))
     grouped = heads // kv_heads
-    words = layer.kind in ("int8", "fp8") and dim >= 64  # see WORDED
+    words = layer.kind in ("int8", "fp8") and dim >= 128  # see WORDED
     constants = {
         "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WINDOW": layer.window, "DTYPE": _TRITON_DTYPES[queries.dtype],
         "GROUPED": grouped, "BLOCK_G": max(16, triton.next_power_of_2(grouped)), "WHOLE": whole, "ASSEMBLER": not interpreted(),
