@@ -7,7 +7,7 @@ an instruction of which a multiprocessor does 16 in a clock, fewer than memory d
     INT8   (128 + the low 7 bits) - (128, or 256 with the sign bit)
     FP8    sign and magnitude moved to where BF16 has them, times 2**120; subnormals too. NaN, which `append` never writes, becomes 480.
 
-The interpreter has no assembler; tests/kernels/triton/test_ptx.py runs the PTX on every code.
+The interpreter has no assembler; tests/kernels/triton/test_cache_codes.py runs the PTX on every code.
 """
 
 # ruff: noqa: SIM300 - constants of a kernel are written in capitals
