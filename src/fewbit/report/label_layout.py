@@ -31,11 +31,13 @@ def place_labels(
     colour: str,
     leader_colour: str,
     lines: Sequence[float] = (),
+    avoid: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Annotate `points` (data coordinates) with `labels`; call it last, when limits and other artists are set.
 
     Args:
         lines: heights (data coordinates) of horizontal lines to stay clear of.
+        avoid: further points to stay clear of, such as points along curves.
     """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]  # settles the layout: only now is it known where a point lies on the canvas
@@ -44,6 +46,8 @@ def place_labels(
     spots = [tuple(axes.transData.transform(point)) for point in points]
     taken = [Bbox.from_extents(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in spots]
     taken += [text.get_window_extent() for text in axes.texts]
+    marks = [axes.transData.transform(point) for point in avoid]
+    taken += [Bbox.from_extents(x - 2 * scale, y - 2 * scale, x + 2 * scale, y + 2 * scale) for x, y in marks]
     for height in lines:
         y = axes.transData.transform((0, height))[1]
         taken.append(Bbox.from_extents(inside.x0, y - scale, inside.x1, y + scale))

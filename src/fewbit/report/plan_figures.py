@@ -66,7 +66,8 @@ def memory_figure(
             heights_of_lines.append(capacity)
         points = [_end(contexts, heights, top) for heights in lines.values()]
         labels = [f"batch {count}" for count in batches]
-        place_labels(figure, axes, points, labels, colour=INK, leader_colour=MUTED, lines=heights_of_lines)
+        along = [point for heights in lines.values() for point in zip(contexts, heights, strict=True) if point[1] <= top]
+        place_labels(figure, axes, points, labels, colour=INK, leader_colour=MUTED, lines=heights_of_lines, avoid=along)
         cache_name = "BF16" if cached is None or cached.kv_keys is None else cached.name
         title = f"Memory of {inventory.name} in {scheme.name}, cache {cache_name}"
         caption = "Weights, cache and workspace, with what the system needs where a device is named, against the context of each sequence."

@@ -26,6 +26,7 @@ __all__ = ["predict_figures", "write_predict_figures"]
 _WIDTH, _HEIGHT = 4.8, 3.2
 _COLOURS = {"dense": NEUTRAL, "fused": FUSED, "native": FUSED, "unfused": UNFUSED}
 _STEPS = 3  # in the roofline
+_ALONG = 16  # points of a line that labels stay clear of
 
 
 def predict_figures(results: PredictResults) -> list[RenderedFigure]:
@@ -71,7 +72,10 @@ def _latency(results: PredictResults, steps: Sequence[Prediction]) -> RenderedFi
         axes.set_xlabel("weights that a step reads (GB)")
         axes.set_ylabel("decode, ms per step")
         points = [(one.weight_bytes / 1e9, one.milliseconds.value) for one in steps]
-        place_labels(figure, axes, points, [one.point.scheme for one in steps], colour=INK, leader_colour=MUTED)
+        ends = [(one.weight_bytes / 1e9, one.milliseconds.low, one.milliseconds.high) for one in steps]
+        along = [(x, low + share * (high - low)) for x, low, high in ends for share in np.linspace(0, 1, _ALONG)]
+        along += [(x, x / results.bandwidth_gb_s * 1e3) for x in np.linspace(0, longest, _ALONG)]
+        place_labels(figure, axes, points, [one.point.scheme for one in steps], colour=INK, leader_colour=MUTED, avoid=along)
         point = steps[0].point
         title = "What fewer bytes buy in time"
         caption = (
@@ -98,17 +102,19 @@ def _roofline(results: PredictResults, steps: Sequence[Prediction]) -> RenderedF
     with drawing():
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.subplots()
-        points, labels = [], []
+        points, labels, along = [], [], []
         for marker, step in zip(markers, steps, strict=False):
             done = [term for term in step.terms if term.operations and term.bytes and term.milliseconds]
             for term in done:
                 rate = term.operations / (term.milliseconds * 1e9)
+                along.append((_intensity(term), rate))
                 axes.plot([_intensity(term)], [rate], marker, color=_COLOURS[step.path], markersize=5, markeredgewidth=0, alpha=0.8)
             largest = max(done, key=lambda term: term.milliseconds)
             points.append((_intensity(largest), largest.operations / (largest.milliseconds * 1e9)))
             labels.append(f"{step.point.scheme} {step.point.phase}, batch {step.point.batch}")
         top = max(results.dense_tflop_s.values())
         x = np.geomspace(min(0.5, *(p[0] for p in points)) / 2, max(4e3 * top / results.bandwidth_gb_s, *(2 * p[0] for p in points)), 200)
+        along += [(at, min(at * results.bandwidth_gb_s / 1e3, top)) for at in np.geomspace(x[0], x[-1], 2 * _ALONG)]
         for name, peak in results.dense_tflop_s.items():
             axes.plot(x, np.minimum(x * results.bandwidth_gb_s / 1e3, peak), color=MUTED, linewidth=1)
             axes.annotate(f"{name} {peak:,g}", (x[-1], peak), (-2, 2), textcoords="offset points", ha="right", va="bottom", color=MUTED)
@@ -121,7 +127,7 @@ def _roofline(results: PredictResults, steps: Sequence[Prediction]) -> RenderedF
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("operations per byte")
         axes.set_ylabel("TFLOP/s")
-        place_labels(figure, axes, points, labels, colour=INK, leader_colour=MUTED)
+        place_labels(figure, axes, points, labels, colour=INK, leader_colour=MUTED, avoid=along)
         title = "Bytes or operations: the operators under the roofs"
         caption = (
             f"{_where(results)} One mark per kind of operator, at the rate that the prediction gives it; each step's largest is named. "
