@@ -102,7 +102,8 @@ class Measured:
             except NotMeasuredError:
                 rate = f"- (fastest {facts['tokens'] / series.fastest:,.1f})"
             reads = "-" if math.isnan(self.bandwidth) else f"{self.bandwidth:.1f}"
-            rows.append(f"| {title} | {reads} | {name} | {rate} | {counted} | {facts['bytes'] / 1e6:.0f} | {facts['head']} |")
+            size = f"{facts['bytes'] / 1e6:.0f}" if facts["bytes"] else "-"
+            rows.append(f"| {title} | {reads} | {name} | {rate} | {counted} | {size} | {facts['head']} |")
         return rows
 
     def _facts(self, name: str) -> dict[str, Any]:
