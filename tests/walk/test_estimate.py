@@ -146,6 +146,16 @@ def test_what_is_written_is_what_was_estimated(tiny_llama_dir: Path, tmp_path: P
     assert estimate.disk_parts["checkpoint"] == pytest.approx(result.checkpoint_bytes, rel=0.02)
 
 
+def test_windows_are_no_longer_than_the_model(seven_billion: Workload) -> None:
+    def seconds(length: int) -> float:
+        duration = estimated(seven_billion, method="gptq", calibration=CalibrationChoice(sequence_length=length)).duration_s
+        assert duration is not None
+        return duration.value
+
+    assert seven_billion.positions == 4096
+    assert seconds(2048) < seconds(4096) == seconds(100_000)
+
+
 def small(**parts: float) -> QuantizeEstimate:
     zero = WalkSettings(gate=NO_GATE)
     work = Workload(((),), ((8, 128),), (1024,), 1000, 2000, 100, 128)

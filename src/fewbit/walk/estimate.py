@@ -85,6 +85,7 @@ class Workload:
         block_parameters: parameters of each block, all of them.
         kept_bytes: of the source's tensors that stay as they are. source_bytes: of all of them.
         vocabulary, width: of the head; hidden size.
+        positions: tokens that the model takes at once, to which longer windows are cut; None where nothing says.
     """
 
     blocks: tuple[tuple[Group, ...], ...]
@@ -94,6 +95,7 @@ class Workload:
     source_bytes: int
     vocabulary: int
     width: int
+    positions: int | None = None
 
 
 def workload_of(
@@ -125,6 +127,7 @@ def workload_of(
         source_bytes=total,
         vocabulary=int(text.vocab_size),
         width=int(text.hidden_size),
+        positions=getattr(text, "max_position_embeddings", None),
     )
 
 
@@ -218,13 +221,18 @@ class _Counts:
         choice, gate = settings.calibration, settings.gate
         calibrated = self.recipe.calibrated
         self.needs = ROUNDING_STEPS[self.recipe.rounding].needs(settings)
-        self.fitted, self.length = (choice.samples if calibrated else 0), choice.sequence_length
+        self.fitted, self.length = (choice.samples if calibrated else 0), self._cut(choice.sequence_length)
         self.windows = self.fitted + held_back_windows(choice.samples) if calibrated else 0
         self.gate_windows = gate.windows if gate.enabled else 0
-        self.gate_tokens = self.gate_windows * gate.sequence_length
+        self.gate_length = self._cut(gate.sequence_length)
+        self.gate_tokens = self.gate_windows * self.gate_length
         self.reference = calibrated and (self.needs.cross or self.recipe.tuning is not None)
         self.runs = calibrated or gate.enabled
         self.clips = self.recipe.transform == "awq" and self.recipe.rounding == "rtn" and settings.observer is None
+
+    def _cut(self, tokens: int) -> int:
+        """The length of a window that asks for so many tokens."""
+        return min(tokens, self.work.positions or tokens)
 
     # ------------------------------------------------------------------------------------------------------------------- bytes
 
@@ -257,7 +265,7 @@ class _Counts:
         head = self.work.vocabulary * self.work.width * self.dtype.itemsize
         phases = [max((self._alone(rows * columns) for rows, columns in self._shapes()), default=0.0)]
         if self.runs:
-            logits = 4 * 4 * self.settings.gate.sequence_length * self.work.vocabulary if self.gate_windows else 0
+            logits = 4 * 4 * self.gate_length * self.work.vocabulary if self.gate_windows else 0
             phases += [head * 2.5, head + logits]
             parameters = max(self.work.block_parameters, default=0)
             resident = parameters * self.dtype.itemsize * (2 if self.reference else 1)
@@ -347,7 +355,7 @@ class _Counts:
         rounding = 1.0 if self.pending() else 2.4  # one run that waits, or one for each stage
         passes = rounding + (self.recipe.transform is not None) + 2 * self.reference
         passes += 1 if self.recipe.tuning is not None or not self.pending() else 0  # through what was rounded
-        gate_length, operations, runs = self.settings.gate.sequence_length, 0.0, 0.0
+        gate_length, operations, runs = self.gate_length, 0.0, 0.0
         for groups in self.work.blocks:
             if self.windows:
                 operations += passes * self._pass(groups, self.windows * self.length, self.length)

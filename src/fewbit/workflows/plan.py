@@ -104,6 +104,7 @@ def _cost(inventory: Inventory, model: str | Path | None, scheme: Scheme, method
         source_bytes=inventory.stored_bytes or 2 * inventory.parameters,
         vocabulary=inventory.vocabulary,
         width=inventory.hidden_size,
+        positions=inventory.max_context,
     )
     settings = WalkSettings(method=method or usual_method(scheme))
     estimate = estimate_quantization(work, scheme, settings, torch.float32, measure_rates(scheme, settings, torch.float32, Path.cwd()))
