@@ -119,7 +119,7 @@ class Serving:
         for text in load_corpus(None).texts:
             text = text[:CHARACTERS].strip()
             ids = tokenizer(text)["input_ids"]
-            first = tokenizer.decode(ids[:1])
+            first = str(tokenizer.decode(ids[:1]))
             if (
                 len(text) > 400
                 and len(ids) <= 500
