@@ -72,17 +72,17 @@ def test_dense_holds_the_dequantized_weights(made: dict[str, Path], tmp_path: Pa
 
 def test_a_type_of_gguf_without_a_format_of_ours_is_written_out(tiny_llama_dir: Path, tmp_path: Path) -> None:
     settings = WalkSettings(gate=GateChoice(enabled=False))
-    quantize_model(tiny_llama_dir, scheme="W4A16-ASYM", group_size=32, layout="gguf", out=tmp_path / "q4_1.gguf", settings=settings)
-    source = open_source(tmp_path / "q4_1.gguf")
-    exact = convert_checkpoint(tmp_path / "q4_1.gguf", layout="dense-float32", out=tmp_path / "dense32")
+    quantize_model(tiny_llama_dir, scheme="W4A16-ASYM", group_size=32, layout="gguf", out=tmp_path / "q4_1", settings=settings)
+    source = open_source(tmp_path / "q4_1")
+    exact = convert_checkpoint(tmp_path / "q4_1", layout="dense-float32", out=tmp_path / "dense32")
     assert exact.losses == [] and exact.quantized_linears == 0
-    rounded = convert_checkpoint(tmp_path / "q4_1.gguf", layout="dense", out=tmp_path / "dense")
+    rounded = convert_checkpoint(tmp_path / "q4_1", layout="dense", out=tmp_path / "dense")
     assert any("rounded" in loss for loss in rounded.losses)
     for name in source.names():
         assert torch.equal(open_source(tmp_path / "dense32").get(name).float(), source.get(name).float())
         assert torch.equal(open_source(tmp_path / "dense").get(name), source.get(name).bfloat16()), name
     with pytest.raises(UsageError, match="no other layout"):
-        convert_checkpoint(tmp_path / "q4_1.gguf", layout="gptq", out=tmp_path / "gptq")
+        convert_checkpoint(tmp_path / "q4_1", layout="gptq", out=tmp_path / "gptq")
 
 
 def test_another_grid_is_refused_and_nothing_is_left(made: dict[str, Path], tmp_path: Path) -> None:
