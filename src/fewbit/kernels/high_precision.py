@@ -8,8 +8,8 @@ torch sends a BF16 `F.linear` to oneDNN whatever its shape and whatever the CPU 
                                 sums are in FP32 either way and are rounded to BF16 once, at the end. FP16 likewise
 
 `benchmarks/high_precision.py` prints both ratios for the machine at hand. A baseline that leaves this out would credit to quantization
-what belongs to the choice of a path, and measuring quality would take three times as long. So what measures works within `fastest_path`.
-A model's forward outside of it takes torch's own choice and computes what transformers computes, bit for bit.
+what belongs to the choice of a path, and reading the BF16 model for quality would take twice as long. So what measures works within
+`fastest_path`. A model's forward outside of it takes torch's own choice and computes what transformers computes, bit for bit.
 """
 
 from __future__ import annotations
